@@ -1,0 +1,33 @@
+"""What every test stands on: eight CPU devices, strict promotion, fixed seeds."""
+
+import os
+
+# Read once, when JAX first looks for devices: must precede the import of jax.
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+if os.environ.get("JAXQ_TEST_GPU") != "1":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The same examples on every machine; a slow shared core is not a failure.
+settings.register_profile("jaxq", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("jaxq")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A NumPy generator, the same in every run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A JAX random key, the same in every run."""
+    return jax.random.key(0)
