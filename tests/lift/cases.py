@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ class Example(NamedTuple):
 SiteKey = tuple[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One row.
 
@@ -43,8 +44,9 @@ class Case:
         build: Makes the example; called once.
         sites: Per parameter path, the (op, contracting axes) of each of its sites.
             None where finding a site is as good as falling back.
-        quantize: Per parameter path, the axis to quantize along. Defaults to the
-            last contracting axis of each parameter in `sites`.
+        quantize: Per parameter path, the axes to quantize along. Defaults to the
+            contracting axes of the first site of each parameter in `sites`.
+        stacked: Per parameter path, the axes that an enclosing scan consumes.
         fallback: Paths that have a use without a fused rule: `explain` lists them.
         dots: Parameters that every float dot_general of the quantized function has.
         reverse: Whether the float function has a reverse-mode derivative.
@@ -53,14 +55,15 @@ class Case:
     name: str
     build: Callable[[], Example]
     sites: Mapping[str, tuple[SiteKey, ...]] | None
-    quantize: Mapping[str, int] = field(default_factory=dict)
+    quantize: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     fallback: tuple[str, ...] = ()
     dots: Mapping[str, Any] = field(default_factory=dict)
     reverse: bool = True
 
-    def axes(self) -> dict[str, int]:
-        """The axis along which each chosen parameter is quantized."""
-        found = {path: _axis(*keys[0]) for path, keys in (self.sites or {}).items()}
+    def axes(self) -> dict[str, tuple[int, ...]]:
+        """The axes along which each chosen parameter is quantized."""
+        found = {path: _axes(*keys[0]) for path, keys in (self.sites or {}).items()}
         return {**found, **self.quantize}
 
     def example(self) -> Example:
@@ -73,8 +76,8 @@ def _built(build: Callable[[], Example]) -> Example:
     return build()
 
 
-def _axis(op: str, contracting: tuple[int, ...]) -> int:
-    return -1 if op == "gather" else contracting[-1]
+def _axes(op: str, contracting: tuple[int, ...]) -> tuple[int, ...]:
+    return (-1,) if op == "gather" else contracting
 
 
 def dot(*contracting: int) -> SiteKey:
@@ -623,22 +626,14 @@ def custom_jvp() -> Example:
     return plain(lambda p, x: double_tangent(x, p["w"]), w=normal(D, F))
 
 
-@jax.jit
-def shared_helper(x, w):
-    """A jitted helper, traced once and called with several weights."""
-    return jnp.tanh(x @ w)
-
-
 def shared_jit_helper() -> Example:
+    """A jitted helper, traced once and called with two weights."""
+    helper = jax.jit(lambda x, w: jnp.tanh(x @ w))
+
     def fn(p, x):
-        return shared_helper(shared_helper(x, p["w"]), p["v"])
+        return helper(helper(x, p["w"]), p["v"])
 
     return plain(fn, w=normal(D, D), v=normal(D, D, seed=1))
-
-
-def shared_jit_helper_one_float() -> Example:
-    """The same helper with a quantized and with a float weight of the same shape."""
-    return shared_jit_helper()
 
 
 def jitted_static_argument() -> Example:
@@ -1006,6 +1001,16 @@ def nnx_scan() -> Example:
     return nnx_split(Stack(nnx.Rngs(0)), x2())
 
 
+# ---------------------------------------------------------------------------- Haiku
+
+
+def haiku_mlp() -> Example:
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([F, D])(x)))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x2())
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
+    return Example(net.apply, params, (x2(),))
+
+
 # -------------------------------------------------------------------------- Equinox
 
 
@@ -1026,8 +1031,7 @@ def equinox_mlp() -> Example:
 
 # -------------------------------------------------------------------------- the table
 
-CASES: tuple[Case, ...] = (
-    # products
+PRODUCTS: tuple[Case, ...] = (
     Case("matmul", matmul, {"w": (dot(0),)}),
     Case("matmul-batched", matmul_batched_activation, {"w": (dot(0),)}),
     Case("matmul-vector", matmul_vector, {"w": (dot(0),)}),
@@ -1057,7 +1061,9 @@ CASES: tuple[Case, ...] = (
     ),
     Case("bfloat16", bfloat16_both, {"w": (dot(0),)}),
     Case("stored-bfloat16", stored_bfloat16, {"w": (dot(0),)}),
-    # what happens to a weight on its way
+)
+
+VIEWS: tuple[Case, ...] = (
     Case("cast", cast, {"w": (dot(0),)}),
     Case("reshaped-features", reshaped_features, {"w": (dot(0),)}),
     Case("reshaped-contraction", reshaped_contraction, {"w": (dot(0, 1),)}),
@@ -1077,17 +1083,17 @@ CASES: tuple[Case, ...] = (
         low_rank_beside,
         {"w": (dot(0),), "a": (dot(0),), "b": (dot(0),)},
     ),
-    Case("both-parameters", both_parameters, None, quantize={"w": 0, "v": 0}),
+    Case("both-parameters", both_parameters, None, quantize={"w": (0,), "v": (0,)}),
     Case(
         "scaled-elementwise",
         scaled_elementwise,
         {},
-        quantize={"w": 0},
+        quantize={"w": (0,)},
         fallback=("w",),
     ),
-    Case("masked", masked, {}, quantize={"w": 0}, fallback=("w",)),
-    Case("concatenated", concatenated, None, quantize={"w": 0, "v": 0}),
-    Case("broadcast", broadcast, None, quantize={"w": 0}),
+    Case("masked", masked, {}, quantize={"w": (0,)}, fallback=("w",)),
+    Case("concatenated", concatenated, None, quantize={"w": (0,), "v": (0,)}),
+    Case("broadcast", broadcast, None, quantize={"w": (0,)}),
     Case("returned", returned, {"w": (dot(0),)}),
     Case("returned-transposed", returned_transposed, {"w": (dot(0),)}),
     Case("norm-penalty", norm_penalty, {"w": (dot(0),)}, fallback=("w",)),
@@ -1095,12 +1101,14 @@ CASES: tuple[Case, ...] = (
         "broadcast-bias",
         broadcast_bias,
         {"w": (dot(0),)},
-        quantize={"b": 0},
+        quantize={"b": (0,)},
         fallback=("b",),
     ),
-    Case("unused", unused, {"w": (dot(0),)}, quantize={"spare": 0}),
+    Case("unused", unused, {"w": (dot(0),)}, quantize={"spare": (0,)}),
     Case("untouched-input", untouched_input, {"w": (dot(0),)}),
-    # control flow
+)
+
+CONTROL_FLOW: tuple[Case, ...] = (
     Case("cond", cond, {"w": (dot(0),), "v": (dot(0),)}),
     Case("switch", switch, {"w": (dot(0),)}),
     Case("while", while_loop, {"w": (dot(0),)}, reverse=False),
@@ -1110,22 +1118,34 @@ CASES: tuple[Case, ...] = (
         {"w": (dot(0),), "stop": (dot(0),)},
         reverse=False,
     ),
-    Case("while-carried", while_carried, None, quantize={"w": 0}, reverse=False),
+    Case("while-carried", while_carried, None, quantize={"w": (0,)}, reverse=False),
     Case("fori-loop", fori_loop, {"w": (dot(0),)}),
     Case("fori-loop-layers", fori_loop_layers, {"ws": (dot(1),)}),
     Case("dynamic-index", dynamic_index, {"ws": (dot(1),)}),
     Case("dynamic-column-slice", dynamic_column_slice, {"w": (dot(0),)}),
-    Case("scan-layers", scan_layers, {"w": (dot(1),)}),
-    Case("scan-reversed-unrolled", scan_reversed_unrolled, {"w": (dot(1),)}),
+    Case("scan-layers", scan_layers, {"w": (dot(1),)}, stacked={"w": (0,)}),
+    Case(
+        "scan-reversed-unrolled",
+        scan_reversed_unrolled,
+        {"w": (dot(1),)},
+        stacked={"w": (0,)},
+    ),
     Case("scan-constant", scan_constant, {"w": (dot(0),)}),
-    Case("scan-carried", scan_carried, None, quantize={"w": 0}),
-    Case("scan-same-shapes", scan_same_shapes, {"w": (dot(0),), "ws": (dot(1),)}),
-    Case("scan-nested", scan_nested, {"w": (dot(2),)}),
-    Case("scan-last-axis", scan_last_axis, {"w": (dot(0),)}),
+    Case("scan-carried", scan_carried, None, quantize={"w": (0,)}),
+    Case(
+        "scan-same-shapes",
+        scan_same_shapes,
+        {"w": (dot(0),), "ws": (dot(1),)},
+        stacked={"ws": (0,)},
+    ),
+    Case("scan-nested", scan_nested, {"w": (dot(2),)}, stacked={"w": (0, 1)}),
+    Case("scan-last-axis", scan_last_axis, {"w": (dot(0),)}, stacked={"w": (2,)}),
     Case("lax-map", lax_map, {"w": (dot(0),)}),
     Case("associative-scan", associative_scan, {"w": (dot(0),)}),
     Case("ragged-dot", ragged_dot, {"experts": (ragged(1),)}),
-    # transformations
+)
+
+TRANSFORMATIONS: tuple[Case, ...] = (
     Case("custom-vjp", custom_vjp, {"w": (dot(0),)}),
     Case("custom-jvp", custom_jvp, {"w": (dot(0),)}),
     Case("shared-jit", shared_jit_helper, {"w": (dot(0),), "v": (dot(0),)}),
@@ -1135,11 +1155,13 @@ CASES: tuple[Case, ...] = (
     Case("vmap-ensemble", vmap_ensemble, {"w": (dot(1),)}),
     Case("checkpoint-policy", checkpoint_policy, {"w": (dot(0),)}),
     Case("inner-gradient", inner_gradient, {"w": (dot(0), dot(1))}),
-    Case("shard-map", shard_mapped, None, quantize={"w": 0}),
-    # arguments, results, trees
+    Case("shard-map", shard_mapped, None, quantize={"w": (0,)}),
+)
+
+TREES: tuple[Case, ...] = (
     Case("gather", gathered, {"table": (GATHER,)}),
     Case("take", taken, {"table": (GATHER,)}),
-    Case("take-columns", taken_columns, None, quantize={"table": 0}),
+    Case("take-columns", taken_columns, None, quantize={"table": (0,)}),
     Case("one-hot", one_hot, {"table": (dot(0),)}),
     Case("tied", tied_plain, {"table": (GATHER, dot(1))}),
     Case("closed-over", closed_over, {"w": (dot(0),)}),
@@ -1156,7 +1178,9 @@ CASES: tuple[Case, ...] = (
     Case("random-key", random_key, {"w": (dot(0),)}),
     Case("numpy-leaves", numpy_leaves, {"w": (dot(0),)}),
     Case("debug-callback", debug_callback, {"w": (dot(0),)}),
-    # Linen
+)
+
+LIBRARIES: tuple[Case, ...] = (
     Case("linen-dense", linen_dense, {"params/kernel": (dot(0),)}),
     Case("linen-dense-bfloat16", linen_dense_bfloat16, {"params/kernel": (dot(0),)}),
     Case("linen-dense-general", linen_dense_general, {"params/kernel": (dot(0),)}),
@@ -1212,6 +1236,10 @@ CASES: tuple[Case, ...] = (
             "params/layers/Dense_0/kernel": (dot(1),),
             "params/layers/Dense_1/kernel": (dot(1),),
         },
+        stacked={
+            "params/layers/Dense_0/kernel": (0,),
+            "params/layers/Dense_1/kernel": (0,),
+        },
     ),
     # NNX
     Case("nnx-linear", nnx_linear, {"kernel": (dot(0),)}),
@@ -1219,7 +1247,18 @@ CASES: tuple[Case, ...] = (
     Case("nnx-linear-general", nnx_linear_general, {"kernel": (dot(0, 1),)}),
     Case("nnx-embed", nnx_embed, {"embed/embedding": (GATHER, dot(1))}),
     Case("nnx-conv", nnx_conv, {"kernel": (conv(0, 1, 2),)}),
-    Case("nnx-scan", nnx_scan, {"layers/kernel": (dot(1),)}),
+    Case(
+        "nnx-scan",
+        nnx_scan,
+        {"layers/kernel": (dot(1),)},
+        stacked={"layers/kernel": (0,)},
+    ),
+    # Haiku
+    Case(
+        "haiku-mlp",
+        haiku_mlp,
+        {"mlp/~/linear_0/w": (dot(0),), "mlp/~/linear_1/w": (dot(0),)},
+    ),
     # Equinox
     Case("equinox-linear", equinox_linear, {"weight": (dot(1),)}),
     Case(
@@ -1228,3 +1267,5 @@ CASES: tuple[Case, ...] = (
         {"layers/0/weight": (dot(1),), "layers/1/weight": (dot(1),)},
     ),
 )
+
+CASES = (*PRODUCTS, *VIEWS, *CONTROL_FLOW, *TRANSFORMATIONS, *TREES, *LIBRARIES)
