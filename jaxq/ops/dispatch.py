@@ -1,0 +1,182 @@
+"""The dispatch table: which kernel multiplies, and why the others declined."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxq.ops.activation import quantized_input, static_or_dynamic
+from jaxq.qtensor import QTensor
+from pallas_kernels.xla import integer_tiled_dot, tiled_dot
+from pallas_kernels.xla.integer_dot import integer_dot
+
+SMALL_ROWS = 16  # up to here a product reads weights, beyond it does arithmetic
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A product ``x[M, K] @ w[K, N]`` in the form every kernel takes.
+
+    Attributes:
+        x: the activation, float.
+        w: the weight; packed along K, its input scale already applied to ``x``.
+        precision: as in `jax.lax.dot_general`.
+    """
+
+    x: jax.Array
+    w: QTensor
+    precision: lax.PrecisionLike = None
+
+    @property
+    def compute_dtype(self) -> DTypeLike:
+        """The operand dtype: float32, or bfloat16 for many rows of bfloat16."""
+        many = self.x.shape[0] > SMALL_ROWS
+        return self.x.dtype if many and self.x.dtype == jnp.bfloat16 else jnp.float32
+
+    def column_values(self, values: jax.Array) -> jax.Array:
+        """Spread one value per block over columns: ``[groups, N]``."""
+        columns, block = self.w.shape[1], self.w.blocks[1]
+        if values.shape[1] == columns:
+            return values
+        if values.shape[1] == 1:
+            return jnp.broadcast_to(values, (values.shape[0], columns))
+        return jnp.repeat(values, block, axis=1)[:, :columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Attributes:
+        name: shown by `jaxq.explain`.
+        backends: where it may run.
+        declines: the reason it does not take a problem, or None.
+        run: the float32 product ``[M, N]``.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    declines: Callable[[Problem], str | None]
+    run: Callable[[Problem], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which kernel took a problem, and what the ones before it said."""
+
+    kernel: str
+    declined: tuple[tuple[str, str], ...] = ()
+
+
+def _needs_planar(p: Problem) -> str | None:
+    if p.w.axis % p.w.ndim != 0:
+        return "the weight is packed along an axis that is not contracted"
+    if p.w.layout != "planar":
+        return f"the codes are in layout {p.w.layout!r}"
+    return "the weight has an offset" if p.w.offset is not None else None
+
+
+def _needs_integers(p: Problem) -> str | None:
+    act = p.w.activation
+    if act is None:
+        return "the activation stays float"
+    if act.format != "int8" or act.block not in ("token", "channel", "tensor"):
+        return f"the activation is {act.describe()}, not int8 per token or tensor"
+    fmt = p.w.spec.number_format
+    if not fmt.is_integer:
+        return f"the weight is {fmt.name}, not an integer"
+    if fmt.name == "uint8":
+        return "uint8 codes less a zero point do not fit int8"
+    group = p.w.blocks[0]
+    if fmt.bits < 8 and group < p.w.shape[0] and group % 8:
+        return f"groups of {group} cut packed bytes"
+    return _needs_planar(p)
+
+
+def _needs_whole_int8(p: Problem) -> str | None:
+    if p.w.spec.format != "int8":
+        return "the weight is not int8"
+    if p.w.blocks[0] < p.w.shape[0]:
+        return "the weight has several scales per column"
+    if p.x.shape[0] <= SMALL_ROWS:
+        return f"{p.x.shape[0]} rows: a walk over tiles is faster"
+    return _needs_integers(p)
+
+
+def _run_whole_int8(p: Problem) -> jax.Array:
+    q = static_or_dynamic(p.x, p.w, p.w.activation)
+    w = lax.bitcast_convert_type(p.w.codes, jnp.int8)
+    x = lax.bitcast_convert_type(q.codes, jnp.int8)
+    total = integer_dot(x, w).astype(jnp.float32)
+    return total * q.scale_values() * p.column_values(p.w.scale_values())
+
+
+def _run_integer_tiles(p: Problem) -> jax.Array:
+    q = static_or_dynamic(p.x, p.w, p.w.activation)
+    fmt, zeros = p.w.spec.number_format, p.w.zeros
+    total = integer_tiled_dot(
+        lax.bitcast_convert_type(q.codes, jnp.int8),
+        p.w.codes,
+        p.column_values(p.w.scale_values()),
+        None if zeros is None else p.column_values(zeros.astype(jnp.int8)),
+        bits=fmt.bits,
+        pack=p.w.pack,
+        group=p.w.blocks[0],
+        decode=lambda codes: fmt.decode(codes, jnp.int8),
+    )
+    return total * q.scale_values()
+
+
+def _run_tiles(p: Problem) -> jax.Array:
+    zeros = p.w.zeros
+    return tiled_dot(
+        quantized_input(p.x, p.w),
+        p.w.codes,
+        p.column_values(p.w.scale_values()),
+        None if zeros is None else p.column_values(zeros.astype(jnp.float32)),
+        bits=p.w.spec.bits,
+        pack=p.w.pack,
+        group=p.w.blocks[0],
+        decode=p.w.spec.number_format.decode,
+        compute=p.compute_dtype,
+        precision=p.precision,
+    )
+
+
+def _run_dequantize(p: Problem) -> jax.Array:
+    x = quantized_input(p.x, p.w).astype(p.compute_dtype)
+    w = p.w.dequantize(p.compute_dtype)
+    return jnp.matmul(x, w, precision=p.precision, preferred_element_type=jnp.float32)
+
+
+_ANY = ("cpu", "gpu", "tpu")
+
+# In order of preference. The last takes everything.
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("xla.int8_dot", _ANY, _needs_whole_int8, _run_whole_int8),
+    Kernel("xla.integer_tiled_dot", _ANY, _needs_integers, _run_integer_tiles),
+    Kernel("xla.tiled_dot", _ANY, _needs_planar, _run_tiles),
+    Kernel("xla.dequantize_dot", _ANY, lambda _: None, _run_dequantize),
+)
+
+
+def choose(p: Problem) -> tuple[Kernel, Choice]:
+    """Return the first kernel of the table that takes the problem, and the record."""
+    backend = jax.default_backend()
+    declined: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        elsewhere = None if backend in kernel.backends else f"not for {backend}"
+        reason = elsewhere or kernel.declines(p)
+        if reason is None:
+            return kernel, Choice(kernel.name, tuple(declined))
+        declined.append((kernel.name, reason))
+    raise RuntimeError("the last kernel of the table must take every problem")
+
+
+def multiply(p: Problem) -> tuple[jax.Array, Choice]:
+    """Run the chosen kernel: float32 ``[M, N]`` and the record of the choice."""
+    kernel, choice = choose(p)
+    return kernel.run(p), choice

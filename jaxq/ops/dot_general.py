@@ -1,0 +1,116 @@
+"""`jax.lax.dot_general` with a `QTensor` on either side."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxq import views
+from jaxq.ops.activation import scaled_input
+from jaxq.ops.dispatch import Choice, Problem, multiply
+from jaxq.qtensor import QTensor
+
+Axes = tuple[int, ...]
+DimensionNumbers = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+
+
+def dot_general(
+    lhs: "jax.Array | QTensor",
+    rhs: "jax.Array | QTensor",
+    dimension_numbers: DimensionNumbers,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: DTypeLike | None = None,
+) -> tuple[jax.Array, Choice]:
+    """Return ``lax.dot_general`` of an activation and a quantized weight.
+
+    The operands are brought to ``x[M, K] @ w[K, N]`` by views (no codes are moved
+    unless the weight is transposed) and given to the first kernel that takes them;
+    batch dimensions are a loop. Where views cannot express it, the weight is
+    dequantized and the record says why.
+
+    Args:
+        lhs: an array or a `QTensor`.
+        rhs: an array or a `QTensor`; at least one of the two is quantized.
+        dimension_numbers: as in `jax.lax.dot_general`.
+        precision: as there.
+        preferred_element_type: the result's dtype, as there.
+
+    Returns:
+        The product, and which kernel ran.
+    """
+    (lc, rc), (lb, rb) = dimension_numbers
+    both = isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
+    if both:
+        rhs = rhs.dequantize()
+    on_left = isinstance(lhs, QTensor)
+    x, w = (rhs, lhs) if on_left else (lhs, rhs)
+    x_dims, w_dims = ((rc, rb), (lc, lb)) if on_left else ((lc, lb), (rc, rb))
+    dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
+    try:
+        y, choice = _as_matrices(x, w, x_dims, w_dims, precision)
+    except views.ViewError as reason:
+        choice = Choice("dequantize", (("view", str(reason)),))
+        float_w = w.dequantize()
+        pair = (float_w, x) if on_left else (x, float_w)
+        y = lax.dot_general(*pair, dimension_numbers, precision, preferred_element_type)
+        return y.astype(dtype), choice
+    batch, x_free = len(x_dims[1]), x.ndim - len(x_dims[0]) - len(x_dims[1])
+    if on_left:
+        order = range(batch, batch + x_free), range(batch + x_free, y.ndim)
+        y = jnp.transpose(y, (*range(batch), *order[1], *order[0]))
+    return y.astype(dtype), choice
+
+
+def _as_matrices(
+    x: jax.Array,
+    w: QTensor,
+    x_dims: tuple[Axes, Axes],
+    w_dims: tuple[Axes, Axes],
+    precision: lax.PrecisionLike,
+) -> tuple[jax.Array, Choice]:
+    """Return the product with axes (batch, free of x, free of w), in float32."""
+    (xc, xb), (wc, wb) = x_dims, w_dims
+    xf = tuple(i for i in range(x.ndim) if i not in (*xc, *xb))
+    wf = tuple(i for i in range(w.ndim) if i not in (*wc, *wb))
+    # contracted axes in the weight's own order, so that its packed axis stays last
+    order = sorted(range(len(wc)), key=lambda i: wc[i])
+    wc, xc = tuple(wc[i] for i in order), tuple(xc[i] for i in order)
+    if w.axis % w.ndim not in wc:
+        raise views.ViewError("the packed axis is not contracted here")
+    batch = tuple(x.shape[i] for i in xb)
+    rows, columns = tuple(x.shape[i] for i in xf), tuple(w.shape[i] for i in wf)
+    inner = math.prod(w.shape[i] for i in wc)
+    if not batch:
+        matrix = _arrange(w, (*wc, *wf), (inner, math.prod(columns)))
+        flat = jnp.transpose(x, (*xf, *xc)).reshape(-1, inner)
+        y, choice = _matmul(flat, matrix, precision)
+        return y.reshape(*rows, *columns), choice
+    many = math.prod(batch)
+    stack = _arrange(w, (*wb, *wc, *wf), (many, inner, math.prod(columns)))
+    flat = jnp.transpose(x, (*xb, *xf, *xc)).reshape(many, -1, inner)
+    choices: list[Choice] = []
+
+    def one(pair: tuple[jax.Array, QTensor]) -> jax.Array:
+        y, choice = _matmul(*pair, precision)
+        choices.append(choice)
+        return y
+
+    y = lax.map(one, (flat, stack))
+    return y.reshape(*batch, *rows, *columns), choices[0]
+
+
+def _arrange(w: QTensor, permutation: Axes, shape: Axes) -> QTensor:
+    """Transpose and reshape, skipping what changes nothing."""
+    if permutation != tuple(range(w.ndim)):
+        w = views.transpose(w, permutation)
+    return w if w.shape == shape else views.reshape(w, shape)
+
+
+def _matmul(
+    x: jax.Array, w: QTensor, precision: lax.PrecisionLike
+) -> tuple[jax.Array, Choice]:
+    """Multiply two matrices, the second quantized."""
+    x, w = scaled_input(x, w)
+    return multiply(Problem(x, w, precision))

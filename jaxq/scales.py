@@ -1,0 +1,112 @@
+"""Scales: from the range of a block to a stored scale and zero point."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxq.formats import FORMATS
+from jaxq.spec import QuantSpec
+
+_FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def affine(
+    low: jax.Array, high: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the ideal scale and zero point for blocks whose values lie in [low, high].
+
+    Symmetric, with ``a = max(|low|, |high|)``: ``s = a / highest`` (restricted),
+    ``2a / (2^b − 1)`` (gptq), the signed extreme over ``−2^(b−1)`` (full). Asymmetric,
+    with 0 taken into the range: ``s = (high − low) / (2^b − 1)`` and
+    ``z = clip(⌊lowest − low/s⌉)``. A power-of-two scale (e8m0) is
+    ``2^(⌊log2 a⌋ − ⌊log2 highest⌋)`` (OCP Microscaling v1.0, section 6.3).
+
+    Args:
+        low: the smallest value of each block, float32, any shape.
+        high: the largest, same shape.
+        spec: how the tensor is quantized.
+
+    Returns:
+        Scales (float32, not yet rounded to their storage) and zero points (float32
+        holding integers) or None. A block of zeros has scale 0.
+    """
+    fmt = spec.number_format
+    if not spec.symmetric:
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        scale = (high - low) / (fmt.highest - fmt.lowest)
+        scale = round_scale(scale, spec)
+        zero = jnp.round(fmt.lowest - low / _nonzero(scale))
+        return scale, jnp.clip(zero, fmt.lowest, fmt.highest)
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    if fmt.is_integer and fmt.lowest == 0:
+        largest = jnp.maximum(high, 0.0)
+    if spec.scale == "e8m0":
+        exponent = jnp.floor(jnp.log2(jnp.float32(fmt.highest)))
+        return power_of_two_floor(largest) * 2.0**-exponent, None
+    if spec.grid == "gptq":
+        scale = 2 * largest / (2**fmt.bits - 1)
+    elif spec.grid == "full":
+        scale = jnp.where(jnp.abs(low) >= jnp.abs(high), low, high) / fmt.lowest
+    else:
+        scale = largest / fmt.highest
+    return round_scale(scale, spec), None
+
+
+def round_scale(scale: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Return the scales as they will read back from storage (plain dtypes only).
+
+    Codes are chosen for the stored scale, not the ideal one, so that its rounding error
+    is absorbed. Scales that are themselves quantized are rounded by the caller.
+    """
+    if isinstance(spec.scale, QuantSpec):
+        return scale
+    return load_scale(store_scale(scale, spec.scale), spec.scale)
+
+
+def store_scale(scale: jax.Array, dtype: str) -> jax.Array:
+    """Return float32 scales in their storage: a float dtype, or uint8 bit patterns."""
+    if dtype in _FLOAT_DTYPES:
+        largest = float(jnp.finfo(dtype).max)
+        return jnp.clip(scale, -largest, largest).astype(dtype)
+    if dtype == "e4m3":
+        return FORMATS["fp8_e4m3"].encode(scale)
+    bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
+    return ((bits >> 23) & 0xFF).astype(jnp.uint8)
+
+
+def load_scale(stored: jax.Array, dtype: str) -> jax.Array:
+    """Invert `store_scale`: float32 scales."""
+    if dtype in _FLOAT_DTYPES:
+        return stored.astype(jnp.float32)
+    if dtype == "e4m3":
+        return FORMATS["fp8_e4m3"].decode(stored)
+    # 2^(e − 127); the exponent 0 is a subnormal number in float32
+    bits = jnp.where(
+        stored == 0, jnp.uint32(0x00400000), stored.astype(jnp.uint32) << 23
+    )
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def power_of_two_floor(x: jax.Array) -> jax.Array:
+    """Return ``2^⌊log2 x⌋`` of positive float32, exactly, and 0 of 0."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)
+
+
+def _nonzero(scale: jax.Array) -> jax.Array:
+    """Return the scale to divide by: 1 where a block is all zeros."""
+    return jnp.where(scale == 0, jnp.float32(1), scale)
+
+
+def to_code_units(
+    x: jax.Array, scale: jax.Array, zero: jax.Array | None, spec: QuantSpec
+) -> jax.Array:
+    """Return ``x / scale + zero`` clipped to the spec's code range, not rounded.
+
+    ``scale`` and ``zero`` are spread over (or broadcast with) ``x``. Division is exact:
+    a reciprocal would drift by a rounding at ties.
+    """
+    value = x.astype(jnp.float32) / _nonzero(scale)
+    if zero is not None:
+        value = jnp.round(value) + zero.astype(jnp.float32)
+    return jnp.clip(value, *spec.code_range)

@@ -1,0 +1,144 @@
+"""`QuantSpec`: how one tensor is quantized, as data."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxq.formats import FORMATS, Format
+from jaxq.names import lookup, unknown
+
+Block = str | int | tuple[int, int]
+
+BLOCKS = ("tensor", "channel", "token")
+GRIDS = ("restricted", "gptq", "full")
+SCALE_DTYPES = ("float32", "bfloat16", "float16", "e4m3", "e8m0")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantSpec:
+    """How a tensor is quantized: ``x ≈ (code − zero) · scale``.
+
+    Attributes:
+        format: a key of `jaxq.formats.FORMATS`, for example ``"int4"`` or ``"nf4"``.
+        block: what shares one scale: the whole ``"tensor"``; a ``"channel"`` (all the
+            contracted elements of one output) or ``"token"`` (the same thing, of an
+            activation: one row); a group of that many elements along the contraction
+            (an int); or a tile ``(contracted, free)`` of a matrix.
+        symmetric: whether the zero point is 0. Asymmetric needs an integer format.
+        grid: which symmetric integer grid, for b bits and the largest magnitude a:
+            ``"restricted"`` (scale ``a / (2^(b-1)-1)``, the code ``-2^(b-1)`` unused),
+            ``"gptq"`` (scale ``2a / (2^b-1)``, all codes, both ends clipped a little),
+            ``"full"`` (signed scale: the extreme itself is the code ``-2^(b-1)``).
+        scale: the dtype scales are stored in, one of ``float32 bfloat16 float16 e4m3
+            e8m0`` (e8m0: a power of two, rounded down as OCP Microscaling does), or a
+            `QuantSpec` by which the scales are quantized in turn (double quantization).
+        center: whether the mean is subtracted first and stored as an offset; used for
+            double-quantized scales, as QLoRA does.
+
+    Raises:
+        ValueError: naming the field, its value and what it may be.
+
+    Example:
+        >>> QuantSpec("uint4", block=64, symmetric=False, scale="bfloat16").describe()
+        'uint4 g64 asymmetric, bfloat16 scales'
+    """
+
+    format: str
+    block: Block = "channel"
+    symmetric: bool = True
+    grid: str = "restricted"
+    scale: "str | QuantSpec" = "float32"
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject what no quantizer could honour."""
+        fmt = lookup(FORMATS, self.format, "format")
+        if isinstance(self.block, list):
+            object.__setattr__(self, "block", tuple(self.block))
+        _check_block(self.block)
+        if self.grid not in GRIDS:
+            raise unknown(self.grid, GRIDS, "symmetric grid")
+        if isinstance(self.scale, str) and self.scale not in SCALE_DTYPES:
+            raise unknown(self.scale, SCALE_DTYPES, "scale dtype")
+        if not self.symmetric and not fmt.is_integer:
+            raise ValueError(
+                f"symmetric=False needs an integer format, and {self.format!r} is not "
+                f"one: use 'uint{fmt.bits}', or leave symmetric=True"
+            )
+        if self.grid != "restricted" and not (fmt.is_integer and fmt.lowest < 0):
+            raise ValueError(
+                f"grid={self.grid!r} is a choice for signed integers, but the format "
+                f"is {self.format!r}: leave grid='restricted'"
+            )
+
+    @property
+    def number_format(self) -> Format:
+        """The `Format` that `format` names."""
+        return FORMATS[self.format]
+
+    @property
+    def bits(self) -> int:
+        """Bits per code, without scales."""
+        return self.number_format.bits
+
+    @property
+    def code_range(self) -> tuple[float, float]:
+        """The smallest and largest number that a code may take under this spec."""
+        fmt = self.number_format
+        if self.symmetric and fmt.is_integer and self.grid == "restricted":
+            return max(fmt.lowest, -fmt.highest), fmt.highest
+        return fmt.lowest, fmt.highest
+
+    def describe(self) -> str:
+        """Return one line for tables: format, block, symmetry, scales."""
+        block = f"g{self.block}" if isinstance(self.block, int) else self.block
+        if isinstance(block, tuple):
+            block = f"tile {block[0]}x{block[1]}"
+        kind = "" if self.symmetric else " asymmetric"
+        grid = "" if self.grid == "restricted" else f" ({self.grid} grid)"
+        scale = self.scale if isinstance(self.scale, str) else self.scale.describe()
+        scales = f", {scale} scales"
+        return f"{self.format} {block}{kind}{grid}{scales}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, as plain data."""
+        out: dict[str, Any] = {"format": self.format}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if isinstance(value, QuantSpec):
+                value = value.to_dict()
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "QuantSpec":
+        """Invert `to_dict`.
+
+        Raises:
+            ValueError: on an unknown key, or a value the constructor refuses.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise unknown(key, known, "QuantSpec field")
+        fields = dict(data)
+        if isinstance(fields.get("scale"), Mapping):
+            fields["scale"] = cls.from_dict(fields["scale"])
+        return cls(**fields)
+
+
+def _check_block(block: Block) -> None:
+    """Raise unless ``block`` is one of the five granularities."""
+    if isinstance(block, str):
+        if block not in BLOCKS:
+            raise unknown(block, BLOCKS, "block")
+        return
+    sizes = (block,) if isinstance(block, int) else block
+    wrong = isinstance(block, tuple) and len(block) != 2
+    if wrong or not all(isinstance(n, int) and n >= 1 for n in sizes):
+        raise ValueError(
+            f"block={block!r}: give 'tensor', 'channel', 'token', a group size >= 1, "
+            f"or a tile (contracted, free) of two sizes >= 1"
+        )

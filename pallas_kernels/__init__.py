@@ -1,0 +1,1 @@
+"""Low-bit matrix products: arrays in, arrays out. Knows nothing of `jaxq`."""
