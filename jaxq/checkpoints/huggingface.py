@@ -1,0 +1,304 @@
+"""Float checkpoints as Hugging Face lays them out: config.json beside safetensors.
+
+Tensors are read one at a time into their place, so a model is never held twice. Which
+tensor goes where is the caller's knowledge (`Slot`); nothing here knows an architecture.
+Pickled weights are never opened: unpickling runs whatever the file says.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or not what its config says."""
+
+
+class Slot(Protocol):
+    """Where one tensor of a checkpoint goes in a tree of parameters."""
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Keys from the root of the tree to the leaf."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the leaf is the tensor transposed."""
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Reads `config.json`.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or no `config.json` in it.
+      CheckpointError: it is no JSON object.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no folder; name the folder that holds a model's config.json"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no config.json, so it is no Hugging Face model folder"
+        )
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      CheckpointError: the file holds something else.
+    """
+    try:
+        parsed = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return parsed
+
+
+def read_tensors(
+    folder: str | Path,
+    slots: Mapping[str, Slot],
+    dtype: Any = None,
+    ignore: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Reads a checkpoint into a tree of arrays.
+
+    Args:
+      folder: holds `model.safetensors`, or shards and their index.
+      slots: every tensor to read by its name in the checkpoint, and where it goes.
+      dtype: what to convert to; None keeps each tensor's own.
+      ignore: endings of names that may be there and are not read.
+
+    Returns:
+      Nested dicts by the paths of `slots`.
+
+    Raises:
+      FileNotFoundError: there are no safetensors, or a shard is missing.
+      CheckpointError: a file is damaged, a tensor is missing, unexpected, of another
+        shape than its slot or no float.
+    """
+    files = locate(folder)
+    _compare_names(Path(folder), set(files), set(slots), ignore)
+    by_file: dict[Path, list[str]] = {}
+    for name in slots:
+        by_file.setdefault(files[name], []).append(name)
+    tree: dict[str, Any] = {}
+    for path, names in by_file.items():
+        with _opened(path) as source:
+            for name in names:
+                leaf = _read_one(source, path, name, slots[name], dtype)
+                _place(tree, slots[name].path, leaf)
+    return tree
+
+
+def locate(folder: str | Path) -> dict[str, Path]:
+    """Returns the file that holds each tensor of a checkpoint.
+
+    Raises:
+      FileNotFoundError: there are no safetensors, or a shard is missing.
+      CheckpointError: a file is damaged, or the index does not agree with the shards.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        with _opened(folder / SINGLE) as source:
+            return dict.fromkeys(source.keys(), folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise _nothing_to_read(folder)
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(
+            f"{folder / INDEX} has no 'weight_map'; fetch the file again"
+        )
+    held: dict[str, set[str]] = {}
+    for shard in sorted(set(listed.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(
+                f"{folder / INDEX} names {shard!r}, which is not a plain file name"
+            )
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(
+                f"{folder} lacks the shard {shard} that {INDEX} lists; fetch it again"
+            )
+        with _opened(folder / shard) as source:
+            held[shard] = set(source.keys())
+    for name, shard in listed.items():
+        if name not in held[shard]:
+            raise CheckpointError(
+                f"{folder / shard} does not hold {name!r}, which {INDEX} says it does; "
+                "fetch the shard again"
+            )
+    return {name: folder / shard for name, shard in listed.items()}
+
+
+def write_folder(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    slots: Mapping[str, Slot],
+    params: Mapping[str, Any],
+    dtype: Any = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a float model as a Hugging Face folder that transformers can load.
+
+    Each file is written beside its place and renamed into it, the config last, so an
+    interrupted write leaves no folder that looks complete.
+
+    Args:
+      folder: made where it is missing; files of the same name are replaced.
+      config: what goes into `config.json`.
+      slots: the checkpoint's tensors, as for `read_tensors`.
+      params: the tree that `slots` point into.
+      dtype: what to convert to; None keeps each tensor's own.
+      extra: the text of further files, such as `tokenizer.json`, by name.
+
+    Raises:
+      CheckpointError: `params` lacks a leaf, or one has another shape than its slot.
+      OSError: the disk is full or not writable; nothing half-written keeps its name.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: _export(params, name, slot, dtype) for name, slot in slots.items()}
+    with _replacing(folder / SINGLE) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    for name, text in (extra or {}).items():
+        with _replacing(folder / name) as partial:
+            partial.write_text(text, "utf-8")
+    with _replacing(folder / "config.json") as partial:
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a name to write to; renames it to `path` once that went well."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Yields the open safetensors file; says which one is damaged."""
+    try:
+        with safe_open(path, framework="np") as source:
+            yield source
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(
+            f"{path} ({size} bytes) is truncated or corrupt: {error}; fetch it again"
+        ) from error
+
+
+def _read_one(source: Any, path: Path, name: str, slot: Slot, dtype: Any) -> jax.Array:
+    header = source.get_slice(name)
+    if header.get_dtype() not in FLOATS:
+        raise CheckpointError(
+            f"{path}: {name!r} is {header.get_dtype()}, but a float checkpoint holds "
+            f"{', '.join(sorted(FLOATS))}; is this model already quantized?"
+        )
+    shape = tuple(header.get_shape())
+    if shape != slot.shape:
+        raise CheckpointError(
+            f"{path}: {name!r} is {shape}, but config.json makes it {slot.shape}; "
+            "config and weights belong to different models"
+        )
+    array = source.get_tensor(name)
+    # Converted on the host, so that the device never sees the wider or second copy.
+    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
+    array = array.T if slot.transposed else array
+    return jnp.asarray(np.ascontiguousarray(array, dtype=wanted))
+
+
+def _export(params: Mapping[str, Any], name: str, slot: Slot, dtype: Any) -> np.ndarray:
+    leaf: Any = params
+    for key in slot.path:
+        if not isinstance(leaf, Mapping) or key not in leaf:
+            raise CheckpointError(
+                f"params has no {'/'.join(slot.path)}, to be written as {name!r}"
+            )
+        leaf = leaf[key]
+    array = np.asarray(leaf)
+    array = array.T if slot.transposed else array
+    if array.shape != slot.shape:
+        raise CheckpointError(
+            f"params[{'/'.join(slot.path)}] would be written as {name!r} of shape "
+            f"{array.shape}, but the config makes it {slot.shape}"
+        )
+    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
+    return np.ascontiguousarray(array, dtype=wanted)
+
+
+def _place(tree: dict[str, Any], path: tuple[str, ...], leaf: jax.Array) -> None:
+    *branches, last = path
+    for key in branches:
+        tree = tree.setdefault(key, {})
+    tree[last] = leaf
+
+
+def _compare_names(
+    folder: Path, held: set[str], wanted: set[str], ignore: tuple[str, ...]
+) -> None:
+    missing = sorted(wanted - held)
+    extra = sorted(name for name in held - wanted if not name.endswith(ignore))
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {_some(missing)} that its config.json asks for; the "
+            "checkpoint is incomplete, or its config is another model's"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{folder} holds {_some(extra)} that its config.json has no use for; "
+            "leaving them out would compute something else. Is the config the right one?"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensor(s), {', '.join(names[:3])}{more},"
+
+
+def _nothing_to_read(folder: Path) -> FileNotFoundError:
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
+    if pickles:
+        return FileNotFoundError(
+            f"{folder} holds its weights as pickles only ({', '.join(pickles[:3])}), "
+            "which can run any code when opened; convert them to safetensors first, "
+            "for instance with model.save_pretrained of transformers"
+        )
+    stray = sorted(p.name for p in folder.glob("*.safetensors"))
+    if stray:
+        return FileNotFoundError(
+            f"{folder} holds {', '.join(stray[:3])} but neither {SINGLE} nor {INDEX}; "
+            "fetch the index as well"
+        )
+    return FileNotFoundError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}; fetch the weights"
+    )
