@@ -1,0 +1,153 @@
+"""Control flow with leaves inside: calls, checkpoints, scans, loops and branches."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax import lax
+
+from jaxq.lift.leaf import is_leaf
+
+if TYPE_CHECKING:
+    from jaxq.lift.replay import Replay
+
+
+def call(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay the body in place: ``jit``, ``custom_jvp`` and ``custom_vjp`` calls.
+
+    A custom derivative rule cannot survive, because it was written for an array where
+    there is now a leaf; the derivative of the body takes its place.
+    """
+    return replay.run(_body(eqn), values)
+
+
+def checkpoint(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay the body under `jax.checkpoint`, with the same policy."""
+    body = replay.inside(lambda *inputs: replay.run(_body(eqn), inputs))
+    kept = {k: eqn.params[k] for k in ("prevent_cse", "policy") if k in eqn.params}
+    outs, taps = jax.checkpoint(body, **kept)(*values)
+    replay.keep(taps)
+    return outs
+
+
+def scan(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay a scan: leaves among constants stay whole, stacked ones are sliced.
+
+    The arity is read from shapes, because the parameters' names differ between
+    versions of JAX: a carry has one shape inside and outside, a scanned value lost its
+    leading axis.
+    """
+    body = eqn.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body)
+    n_carry = _same(inner.outvars, eqn.outvars)
+    n_consts = _same(inner.invars, eqn.invars) - n_carry
+    consts, rest = values[:n_consts], values[n_consts:]
+    carried, stacks = rest[:n_carry], rest[n_carry:]
+    fixed = _invariant(carried, inner.invars[n_consts:], inner.outvars)
+    moving = [c for i, c in enumerate(carried) if i not in fixed]
+    moving = replay.arrays(moving, "scan carry")
+
+    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+        state = _insert(carry, fixed)
+        outs = replay.run(body, [*consts, *state, *xs])
+        new = [c for i, c in enumerate(outs[:n_carry]) if i not in fixed]
+        new = replay.arrays(new, "scan carry")
+        return new, replay.arrays(outs[n_carry:], "scan output")
+
+    def tapped(carry: Any, xs: Any) -> tuple[Any, Any]:
+        (new, ys), taps = replay.inside(step)(carry, xs)
+        return new, (ys, taps)
+
+    kept = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
+    carry, (ys, taps) = lax.scan(tapped, moving, list(stacks), **kept)
+    replay.keep(taps)
+    return [*_insert(carry, fixed), *ys]
+
+
+def while_loop(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay a while loop; activations inside are not tapped (their number is unknown)."""
+    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+    carried = values[n_cond + n_body :]
+    inner = getattr(body, "jaxpr", body)
+    fixed = _invariant(carried, inner.invars[n_body:], inner.outvars)
+    moving = [c for i, c in enumerate(carried) if i not in fixed]
+    moving = replay.arrays(moving, "while carry")
+
+    def go_on(carry: list[Any]) -> Any:
+        outs, _ = replay.inside(replay.run)(
+            cond, [*cond_consts, *_insert(carry, fixed)]
+        )
+        return replay.arrays(outs, "while condition")[0]
+
+    def step(carry: list[Any]) -> list[Any]:
+        outs, _ = replay.inside(replay.run)(
+            body, [*body_consts, *_insert(carry, fixed)]
+        )
+        new = [c for i, c in enumerate(outs) if i not in fixed]
+        return replay.arrays(new, "while carry")
+
+    return _insert(lax.while_loop(go_on, step, moving), fixed)
+
+
+def cond(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay both branches; activations inside are not tapped (one may not run)."""
+    index, operands = values[0], values[1:]
+
+    def branch(body: Any) -> Callable[..., list[Any]]:
+        def run(*inputs: Any) -> list[Any]:
+            outs, _ = replay.inside(replay.run)(body, inputs)
+            return replay.arrays(outs, "cond output")
+
+        return run
+
+    return lax.switch(index, [branch(b) for b in eqn.params["branches"]], *operands)
+
+
+CONTROL_RULES: dict[str, Callable[..., list[Any]]] = {
+    "jit": call,
+    "pjit": call,
+    "closed_call": call,
+    "core_call": call,
+    "custom_jvp_call": call,
+    "custom_vjp_call": call,
+    "custom_vjp_call_jaxpr": call,
+    "checkpoint": checkpoint,
+    "remat": checkpoint,
+    "remat2": checkpoint,
+    "scan": scan,
+    "while": while_loop,
+    "cond": cond,
+}
+
+
+def _body(eqn: Any) -> Any:
+    """Return the jaxpr of a call; its parameter's name depends on the primitive."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return next(eqn.params[name] for name in names if name in eqn.params)
+
+
+def _same(inside: Sequence[Any], outside: Sequence[Any]) -> int:
+    """Count the values of equal shape on both sides of a loop's body."""
+    pairs = zip(inside, outside, strict=True)
+    return sum(a.aval.shape == b.aval.shape for a, b in pairs)
+
+
+def _invariant(
+    carried: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]
+) -> dict[int, Any]:
+    """Return the carried leaves that the body hands on untouched, by position."""
+    return {
+        i: value
+        for i, value in enumerate(carried)
+        if is_leaf(value) and outputs[i] is inputs[i]
+    }
+
+
+def _insert(moving: Sequence[Any], fixed: dict[int, Any]) -> list[Any]:
+    """Put the untouched leaves back among the carried values."""
+    out = list(moving)
+    for position in sorted(fixed):
+        out.insert(position, fixed[position])
+    return out
