@@ -166,7 +166,7 @@ def _step(
 def _draw(
     logits: jax.Array, step: jax.Array, knobs: dict[str, jax.Array], greedy: bool
 ) -> jax.Array:
-    """Draws a token per row of `float32[rows, vocab]`; a row's draw depends on its index."""
+    """Draws a token per row of `float32[rows, vocab]`, each by its index."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)

@@ -1,7 +1,7 @@
 """Float checkpoints as Hugging Face lays them out: config.json beside safetensors.
 
 Tensors are read one at a time into their place, so a model is never held twice. Which
-tensor goes where is the caller's knowledge (`Slot`); nothing here knows an architecture.
+tensor goes where is the caller's knowledge (`Slot`): no architecture is known here.
 Pickled weights are never opened: unpickling runs whatever the file says.
 """
 
@@ -276,7 +276,7 @@ def _compare_names(
     if extra:
         raise CheckpointError(
             f"{folder} holds {_some(extra)} that its config.json has no use for; "
-            "leaving them out would compute something else. Is the config the right one?"
+            "leaving them out would compute something else. Is it the right config?"
         )
 
 

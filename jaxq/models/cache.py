@@ -5,7 +5,7 @@ is the position stored with it. Rows of different length therefore need no bookk
 padding is a slot of negative position, which no query sees.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ PADDING = -1  # the position of a slot that nothing may attend to
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's rotated keys and values, each `[batch, slots, kv_heads, head_dim]`."""
+    """One layer's rotated keys, and values: `[batch, slots, kv_heads, head_dim]`."""
 
     keys: jax.Array
     values: jax.Array
@@ -44,10 +44,6 @@ class KVCache:
     def slots(self) -> int:
         """How many tokens fit."""
         return self.positions.shape[1]
-
-    def with_layers(self, layers: tuple[LayerCache, ...]) -> "KVCache":
-        """Returns this cache with other keys and values."""
-        return replace(self, layers=layers)
 
 
 def empty_cache(config: Any, batch: int, slots: int, dtype: Any) -> KVCache:

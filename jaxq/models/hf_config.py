@@ -14,16 +14,51 @@ from jaxq.models.rope import BENDS, Rope
 
 # Keys that say how to train, store, serve or name a model, not what it computes.
 HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures
-    attention_dropout attn_implementation auto_map bos_token_id chunk_size_feed_forward
-    do_sample dtype eos_token_id finetuning_task id2label initializer_range
-    is_llama_config label2id max_length max_new_tokens model_type name_or_path num_beams
-    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
-    quantization_config return_dict sep_token_id task_specific_params temperature
-    top_k top_p torch_dtype torchscript transformers.js_config transformers_version unk_token_id
-    unsloth_fixed unsloth_version use_bfloat16 use_cache
-    """.split()
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "do_sample",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_llama_config",
+        "label2id",
+        "max_length",
+        "max_new_tokens",
+        "model_type",
+        "name_or_path",
+        "num_beams",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "sep_token_id",
+        "task_specific_params",
+        "temperature",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_cache",
+    }
 )
 
 SIZES = (
@@ -34,7 +69,7 @@ SIZES = (
     "num_attention_heads",
 )
 
-ROPE_KEYS = {
+ROPE_KEYS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
     "llama3": frozenset(
@@ -118,7 +153,8 @@ class Keys:
         if value is not None and value not in allowed:
             raise ConfigError(
                 f"config.json: {key!r} is {value!r}, which changes the computation; "
-                f"{self.family} is implemented with {' or '.join(map(repr, allowed))} only"
+                f"{self.family} is implemented with "
+                f"{' or '.join(map(repr, allowed))} only"
             )
 
     def refuse_unread(self) -> None:

@@ -5,7 +5,7 @@ Nothing here knows of quantization: the layers are `nn.Dense` and `nn.Embed`, an
 unrolled, not scanned, so that every layer can have a format of its own.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -254,7 +254,7 @@ class Llama(nn.Module):
         if cache is not None:
             cache = append(cache, positions)
             key_positions = cache.positions
-        layers = []
+        layers: list[Any] = []
         for index in range(cfg.num_layers):
             layer = DecoderLayer(
                 cfg,
@@ -269,7 +269,7 @@ class Llama(nn.Module):
         logits = self._head(RMSNorm(cfg.norm_eps, name="norm")(x), embed)
         if cache is None:
             return logits
-        return logits, cache.with_layers(tuple(layers))
+        return logits, replace(cache, layers=tuple(layers))
 
     def _head(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
         if self.config.tied:

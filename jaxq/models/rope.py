@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the angle of every pair, and how long contexts bend it."""
+"""Rotary position embeddings: the angle of every pair, and how it is bent."""
 
 import math
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Rope:
       theta: the base of the geometric series of wavelengths.
       kind: a key of `BENDS`; the fields below matter for the kinds they name.
       factor: linear, llama3, yarn: how many times longer the context became.
-      low_freq_factor: llama3: wavelengths above `original_context / this` are stretched.
-      high_freq_factor: llama3: wavelengths below `original_context / this` are kept.
+      low_freq_factor: llama3: wavelengths above `original_context / this` stretch.
+      high_freq_factor: llama3: wavelengths below `original_context / this` stay.
       original_context: llama3, yarn: tokens the model was first trained on.
       beta_fast: yarn: pairs that turn more often than this in that context are kept.
       beta_slow: yarn: pairs that turn less often than this are stretched.

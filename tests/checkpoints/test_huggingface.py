@@ -228,7 +228,9 @@ def test_a_config_of_another_size_names_both_shapes(folder):
 def test_pickles_are_never_opened(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin.*can run any code"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pytorch_model\.bin.*can run any code"
+    ):
         load_huggingface(folder)
 
 

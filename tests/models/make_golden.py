@@ -85,8 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", rope() | {"head_dim": 16}),
     "qwen3_biased": (
         "qwen3",
-        rope()
-        | {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
+        rope() | {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True},
     ),
 }
 BATCH, LENGTH = 2, 24

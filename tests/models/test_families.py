@@ -1,4 +1,4 @@
-"""Reading config.json: both spellings, and refusing what would compute something else."""
+"""Reading config.json: both spellings, and refusing what is not implemented."""
 
 import json
 from pathlib import Path

@@ -41,7 +41,7 @@ def test_bfloat16_stays_near_float32(name):
     model = load_huggingface(GOLDEN / name)
     _, tokens, expected = golden(name)
     assert {x.dtype for x in jax.tree.leaves(model.params)} == {jnp.dtype(jnp.bfloat16)}
-    logits = model.module.apply(model.params, tokens)
+    logits = jax.jit(model.module.apply)(model.params, tokens)
     assert logits.dtype == jnp.float32
     # Eight bits of mantissa through two layers: about 2**-8 for each of ten roundings.
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
@@ -110,20 +110,21 @@ def small():
         init_scale=0.3,
     )
     module = Llama(config)
-    return config, module, module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return config, jax.jit(module.apply), params
 
 
-@pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 4, 2)])
+@pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 5, 1)])
 def test_reading_in_pieces_with_a_cache_equals_reading_at_once(small, chunks):
-    config, module, params = small
+    config, apply, params = small
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 40)
-    whole = module.apply(params, tokens)
+    whole = apply(params, tokens)
     cache = empty_cache(config, 2, 16, jnp.float32)
     pieces, done = [], 0
     for size in chunks:
         positions = jnp.broadcast_to(jnp.arange(done, done + size), (2, size))
         piece = tokens[:, done : done + size]
-        logits, cache = module.apply(params, piece, positions, cache)
+        logits, cache = apply(params, piece, positions, cache)
         pieces.append(logits)
         done += size
     assert int(cache.end) == 12
@@ -133,17 +134,17 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(small, chunks):
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padding_on_any_side_changes_nothing(small, side):
-    _, module, params = small
+    _, apply, params = small
     tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 40)
     before, after = {"left": (4, 0), "right": (0, 4), "both": (2, 3)}[side]
     pads = ((0, 0), (before, after))
     positions = jnp.arange(9, dtype=jnp.int32)[None]
-    padded = module.apply(
+    padded = apply(
         params,
         jnp.pad(tokens, pads, constant_values=7),
         jnp.pad(positions, pads, constant_values=PADDING),
     )
-    alone = module.apply(params, tokens)
+    alone = apply(params, tokens)
     kept = padded[:, before : before + 9]
     np.testing.assert_allclose(kept, alone, rtol=0, atol=1e-5)
     assert np.isfinite(padded).all()
