@@ -110,7 +110,8 @@ def _gather(q: QTensor, eqn: Any, rest: list[Any]) -> QTensor:
 
     def bind(a: jax.Array, indices: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
         # a missing row is NaN (or 0) because its scale is, whatever its codes
-        value = fill if jnp.issubdtype(a.dtype, jnp.floating) else None
+        whole = jnp.issubdtype(a.dtype, jnp.integer)
+        value = jnp.iinfo(a.dtype).max if whole and fill is not None else fill
         return eqn.primitive.bind(
             a,
             indices,

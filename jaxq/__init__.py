@@ -1,0 +1,20 @@
+"""Quantize any JAX model, prove what it cost, and run it fast."""
+
+from jaxq.lift import Explanation as Explanation
+from jaxq.lift import Site as Site
+from jaxq.lift import explain as explain
+from jaxq.lift import quantized as quantized
+from jaxq.lift import sites as sites
+from jaxq.pipeline import calibrate as calibrate
+from jaxq.pipeline import dequantize_params as dequantize_params
+from jaxq.pipeline import quantize_params as quantize_params
+from jaxq.plan import Plan as Plan
+from jaxq.plan import plan as plan
+from jaxq.presets import PRESETS as PRESETS
+from jaxq.qtensor import QTensor as QTensor
+from jaxq.quantize import dequantize as dequantize
+from jaxq.quantize import fake_quant as fake_quant
+from jaxq.quantize import quantize as quantize
+from jaxq.recipe import Recipe as Recipe
+from jaxq.recipe import Rule as Rule
+from jaxq.spec import QuantSpec as QuantSpec

@@ -1,0 +1,297 @@
+"""The plan: for every parameter, what will be done, what it saves, or why not."""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.lift import Use, parameter_uses
+from jaxq.lift.trace import path_string
+from jaxq.presets import as_recipe
+from jaxq.qtensor import QTensor, is_qtensor
+from jaxq.quantize import padded_length, quantize
+from jaxq.recipe import Recipe, Rule
+from jaxq.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """What happens to one parameter.
+
+    Attributes:
+        path: its path.
+        shape: its shape.
+        dtype: its dtype.
+        ops: the operations that consume it.
+        rule: the rule that applies, or None.
+        contracting: its contracted axes (empty when it stays float).
+        stacked: its axes that enumerate independent weights.
+        bytes_before: its bytes now.
+        bytes_after: its bytes afterwards.
+        reason: why it stays float, or a remark.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    ops: tuple[str, ...]
+    rule: Rule | None
+    contracting: tuple[int, ...]
+    stacked: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    reason: str = ""
+
+    @property
+    def spec(self) -> QuantSpec | None:
+        """How the weight is quantized, or None."""
+        return self.rule.weight if self.rule is not None else None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the parameter is quantized at all."""
+        return self.spec is not None
+
+    @property
+    def decision(self) -> str:
+        """One line: the spec, the activation's spec and the solver, or ``float``."""
+        if self.rule is None or self.rule.weight is None:
+            return "float"
+        act = self.rule.activation
+        kind = "static" if self.rule.static else "dynamic"
+        extra = "" if act is None else f" × {act.format} per {act.block} ({kind})"
+        options = ", ".join(f"{k}={v}" for k, v in self.rule.options)
+        solver = self.rule.solver + (f"({options})" if options else "")
+        return f"{self.rule.weight.describe()}{extra}, {solver}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The rows of all parameters, in the order of the tree.
+
+    Attributes:
+        recipe: the recipe that was planned.
+        rows: one per parameter.
+    """
+
+    recipe: Recipe
+    rows: tuple[PlanRow, ...]
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        """Iterate over the rows."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """Return the number of parameters."""
+        return len(self.rows)
+
+    @property
+    def quantized(self) -> tuple[PlanRow, ...]:
+        """The rows of parameters that are quantized."""
+        return tuple(row for row in self.rows if row.is_quantized)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters now."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all parameters afterwards."""
+        return sum(row.bytes_after for row in self.rows)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per element over all parameters afterwards."""
+        size = sum(math.prod(row.shape) for row in self.rows)
+        return self.bytes_after * 8 / max(size, 1)
+
+    def __str__(self) -> str:
+        """Return a table, parameters of the same fate in layers of a stack included."""
+        width = max((len(row.path) for row in self.rows), default=4)
+        lines = [
+            f"{row.path:<{width}}  {'x'.join(map(str, row.shape)):>14}  "
+            f"{row.bytes_before:>12,} -> {row.bytes_after:>11,}  {row.decision}"
+            + (f"  ({row.reason})" if row.reason else "")
+            for row in self.rows
+        ]
+        total = (
+            f"{self.recipe.name}: {len(self.quantized)} of {len(self)} parameters, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes "
+            f"({self.bytes_before / max(self.bytes_after, 1):.2f}x smaller), "
+            f"{self.bits_per_weight:.3f} bits/weight"
+        )
+        return "\n".join([*lines, total])
+
+
+def plan(
+    fn: Any,
+    params: Any,
+    cfg: str | Recipe | QuantSpec,
+    *example: Any,
+    group_size: int | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Say what quantizing would do, without a weight being read.
+
+    With a function, its sites decide what can be quantized and along which axes.
+    Without one (``fn=None``) only the Flax conventions are known: a matrix called
+    ``kernel`` contracts its axis 0, a matrix called ``embedding`` is a table of rows;
+    everything else stays float and the row says so.
+
+    Args:
+        fn: the function that uses the parameters, or None.
+        params: its first argument: arrays or `jax.ShapeDtypeStruct`s.
+        cfg: a preset's name, a `Recipe`, or a `QuantSpec` for every product.
+        *example: the function's other arguments, real or abstract.
+        group_size: replaces the recipe's group size.
+        **kwargs: the function's keyword arguments.
+
+    Raises:
+        ValueError: when a required rule matches nothing, when nothing at all is
+            quantized, or when a parameter is quantized already.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
+        >>> x = jax.ShapeDtypeStruct((1, 128), jnp.float32)
+        >>> rows = plan(lambda p, x: x @ p["w"], params, "w8a16", x)
+        >>> [(row.path, row.bytes_after) for row in rows]
+        [('w', 8448)]
+    """
+    recipe = as_recipe(cfg, group_size)
+    flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
+    leaves = {path_string(path): leaf for path, leaf in flat if hasattr(leaf, "dtype")}
+    refuse_quantized(leaves)
+    if fn is None:
+        uses = conventional_uses(leaves)
+    else:
+        uses = parameter_uses(fn, params, *example, **kwargs)[0]
+    rows = tuple(_row(path, leaf, recipe, uses, fn) for path, leaf in leaves.items())
+    _check_rules(recipe, rows)
+    return Plan(recipe, rows)
+
+
+def refuse_quantized(leaves: dict[str, Any]) -> None:
+    """Raise when a parameter is quantized already."""
+    done = [path for path, leaf in leaves.items() if isinstance(leaf, QTensor)]
+    if done:
+        raise ValueError(
+            f"{done[0]!r} is already quantized: {leaves[done[0]]!r} "
+            f"({len(done)} such parameters). Quantize the original float weights, or "
+            f"call jaxq.dequantize_params first and accept both errors"
+        )
+
+
+def conventional_uses(leaves: dict[str, Any]) -> list[Use]:
+    """Return the uses that the Flax conventions promise, for lack of a function."""
+    uses = []
+    for path, leaf in leaves.items():
+        names = [part for part in path.split("/") if part != "value"]
+        last = names[-1] if names else ""
+        if leaf.ndim == 2 and last == "kernel":
+            uses.append(Use(path, "dot_general", (0,)))
+        elif leaf.ndim == 2 and last == "embedding":
+            uses.append(Use(path, "gather", (1,)))
+    return uses
+
+
+def _row(path: str, leaf: Any, recipe: Recipe, uses: Sequence[Use], fn: Any) -> PlanRow:
+    """Decide about one parameter."""
+    mine = [use for use in uses if use.path == path]
+    products = [use for use in mine if use.is_site]
+    ops = tuple(dict.fromkeys(use.op for use in mine))
+    size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    rule = recipe.rule_for(path, ops)
+
+    def stays(reason: str) -> PlanRow:
+        return PlanRow(
+            path, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, ops, None, (), (),
+            size, size, reason,
+        )  # fmt: skip
+
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return stays("not a float parameter")
+    if not products:
+        return stays(_no_product(mine, leaf, fn))
+    if rule is None:
+        return stays("no rule matches")
+    if rule.weight is None:
+        return stays(f"rule {rule.match!r} keeps it float")
+    first = next((use for use in products if use.op != "gather"), products[0])
+    contracting, stacked = first.contracting or (), first.stacked
+    after = jax.eval_shape(
+        lambda w: quantize(w, rule.weight, contracting, stacked=stacked),
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+    )
+    return PlanRow(
+        path, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, ops, rule,
+        contracting, stacked, size, after.nbytes, _remark(first, mine, leaf, after),
+    )  # fmt: skip
+
+
+def _no_product(mine: Sequence[Use], leaf: Any, fn: Any) -> str:
+    """Say why a parameter that no product consumes stays float."""
+    if fn is None:
+        return (
+            "without a function only matrices named 'kernel' or 'embedding' are known"
+        )
+    if not mine:
+        return "the function does not use it"
+    return (
+        f"met by {', '.join(dict.fromkeys(use.op for use in mine))}, not by a product"
+    )
+
+
+def _remark(first: Use, mine: Sequence[Use], leaf: Any, after: Any) -> str:
+    """Say what is worth knowing about a parameter that is quantized."""
+    remarks = []
+    axis = (first.contracting or (0,))[-1]
+    length, block = leaf.shape[axis], after.block[axis]
+    padded = padded_length(length, block, after.spec.bits)
+    if padded != length:
+        remarks.append(
+            f"axis {axis} of {length} is padded to {padded} for groups of {block}"
+        )
+    for use in mine:
+        if not use.is_site:
+            remarks.append(f"also met by {use.op}, which dequantizes it")
+        elif use.contracting != first.contracting:
+            remarks.append(
+                f"also met by {use.op} over {use.contracting}, which dequantizes it"
+            )
+    return "; ".join(dict.fromkeys(remarks))
+
+
+def _check_rules(recipe: Recipe, rows: Sequence[PlanRow]) -> None:
+    """Raise when a rule matches nothing, or the whole recipe does."""
+    for rule in recipe.rules:
+        if not rule.required or any(row.rule is rule for row in rows):
+            continue
+        hits = [row for row in rows if rule.matches(row.path, row.ops)]
+        if rule.weight is None and hits:
+            continue
+        if not hits:
+            near = [r.path for r in rows if fnmatch.fnmatch(r.path, f"*{rule.match}*")]
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            paths = ", ".join(row.path for row in rows[:6])
+            raise ValueError(
+                f"rule {rule.match!r} of recipe {recipe.name!r} matches no parameter; "
+                f"{hint}Parameters: {paths}{', ...' if len(rows) > 6 else ''}"
+            )
+        raise ValueError(
+            f"rule {rule.match!r} of recipe {recipe.name!r} quantizes nothing: "
+            f"{hits[0].path!r} {_why_not(hits[0], rule)}"
+            + (f" (and {len(hits) - 1} more)" if len(hits) > 1 else "")
+        )
+
+
+def _why_not(row: PlanRow, rule: Rule) -> str:
+    """Say why a rule did not get a parameter that it matches."""
+    if row.is_quantized:
+        return f"is taken by an earlier rule, {row.rule.match!r}" if row.rule else ""
+    return f"stays float: {row.reason}"

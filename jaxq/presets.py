@@ -1,0 +1,83 @@
+"""The recipes that have names, as the field uses them.
+
+Two rules hold in all of them. Embedding tables, output heads and tables that are both
+are int8 per row, weight-only: they are a large part of small models, and lose next to
+nothing at 8 bits. Routers (the gates of mixtures of experts) stay float, as do norms
+and biases, which no product consumes.
+"""
+
+from jaxq.names import lookup
+from jaxq.recipe import Recipe, Rule
+from jaxq.spec import QuantSpec
+
+GROUP = 64
+
+_ROWS = QuantSpec("int8", "channel")
+_KEPT = (
+    Rule("re:(.*/)?(router|gate|[^/]*_router)(/.*)?", required=False),
+    Rule("*", _ROWS, ops=("gather",), required=False),
+    Rule("re:(.*/)?(lm_head|head|unembed)(/.*)?", _ROWS, required=False),
+)
+
+
+def _grouped(format: str, symmetric: bool = False) -> QuantSpec:
+    """Return an integer format in groups, with bfloat16 scales."""
+    return QuantSpec(format, GROUP, symmetric, scale="bfloat16")
+
+
+def _preset(
+    name: str,
+    weight: QuantSpec,
+    activation: QuantSpec | None = None,
+    clip: str = "absmax",
+) -> Recipe:
+    """Return the recipe that applies one spec to all products."""
+    options = () if clip == "absmax" else (("clip", clip),)
+    return Recipe(name, (*_KEPT, Rule("*", weight, activation, options=options)))
+
+
+_INT8_TOKEN = QuantSpec("int8", "token")
+_FP8_TOKEN = QuantSpec("fp8_e4m3", "token")
+_DOUBLE = QuantSpec("dynamic8", 256, center=True)
+
+_ROWS_OF_TABLE: tuple[Recipe, ...] = (
+    _preset("w8a16", QuantSpec("int8", "channel")),
+    _preset("w4a16", _grouped("uint4"), clip="mse"),
+    _preset("w3a16", _grouped("uint3"), clip="mse"),
+    _preset("w2a16", _grouped("uint2"), clip="mse"),
+    _preset("w8a8", QuantSpec("int8", "channel"), _INT8_TOKEN),
+    _preset("w4a8", _grouped("int4", symmetric=True), _INT8_TOKEN, clip="mse"),
+    _preset("nf4", QuantSpec("nf4", 64)),
+    _preset("nf4-dq", QuantSpec("nf4", 64, scale=_DOUBLE)),
+    _preset("fp8", QuantSpec("fp8_e4m3", "channel"), _FP8_TOKEN),
+    _preset("mxfp4", QuantSpec("fp4_e2m1", 32, scale="e8m0")),
+    _preset("nvfp4", QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))),
+)
+
+PRESETS: dict[str, Recipe] = {recipe.name: recipe for recipe in _ROWS_OF_TABLE}
+
+
+def as_recipe(cfg: str | Recipe | QuantSpec, group_size: int | None = None) -> Recipe:
+    """Return the recipe that ``cfg`` stands for.
+
+    Args:
+        cfg: a preset's name, a `Recipe`, or a `QuantSpec` for every product.
+        group_size: replaces the group size of rules that have one.
+
+    Raises:
+        UnknownNameError: on an unknown preset.
+        TypeError: on anything else.
+        ValueError: when a group size is given but nothing is grouped.
+    """
+    if isinstance(cfg, QuantSpec):
+        recipe = Recipe(cfg.describe(), (Rule("*", cfg),))
+    elif isinstance(cfg, str):
+        recipe = lookup(PRESETS, cfg, "preset")
+    elif isinstance(cfg, Recipe):
+        recipe = cfg
+    else:
+        raise TypeError(
+            f"cfg must be a preset's name, a Recipe or a QuantSpec, got "
+            f"{type(cfg).__name__}"
+        )
+    return recipe if group_size is None else recipe.with_group_size(group_size)

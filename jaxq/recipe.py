@@ -1,0 +1,206 @@
+"""Recipes: where what is quantized, as data."""
+
+import dataclasses
+import fnmatch
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxq.names import lookup, unknown
+from jaxq.solvers import SOLVERS
+from jaxq.spec import QuantSpec
+
+Options = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to the parameters that a pattern matches.
+
+    Attributes:
+        match: a glob on the parameter's path (``*`` also crosses ``/``), or a regular
+            expression after ``re:``, which must match the whole path.
+        weight: the spec of the weight; None leaves it float.
+        activation: the spec by which products quantize the other operand, or None.
+        static: whether the activation's scale is calibrated once (needs calibration
+            data) instead of computed for every call.
+        solver: a key of `jaxq.solvers.SOLVERS`.
+        options: keyword arguments of the solver, as sorted pairs (a mapping is taken).
+        ops: only parameters met by one of these operations (``gather``,
+            ``dot_general``, ...); empty: any.
+        required: whether matching nothing is an error.
+    """
+
+    match: str = "*"
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+    static: bool = False
+    solver: str = "rtn"
+    options: Options = ()
+    ops: tuple[str, ...] = ()
+    required: bool = True
+
+    def __post_init__(self) -> None:
+        """Normalize the containers, and reject what cannot be meant."""
+        if isinstance(self.options, Mapping):
+            pairs = tuple(sorted(self.options.items()))
+            object.__setattr__(self, "options", pairs)
+        object.__setattr__(self, "ops", tuple(self.ops))
+        lookup(SOLVERS, self.solver, "solver")
+        if self.activation is not None and self.weight is None:
+            raise ValueError(
+                f"rule {self.match!r} quantizes the activation but leaves the weight "
+                f"float; give it a weight spec, or drop the activation"
+            )
+        if self.static and (
+            self.activation is None or self.activation.block != "tensor"
+        ):
+            raise ValueError(
+                f"rule {self.match!r} asks for a static activation scale, which is one "
+                f"number: give activation=QuantSpec(..., block='tensor')"
+            )
+        if self.match.startswith("re:"):
+            try:
+                re.compile(self.match[3:])
+            except re.error as error:
+                raise ValueError(f"rule {self.match!r}: {error}") from error
+
+    def matches(self, path: str, ops: Sequence[str] = ()) -> bool:
+        """Whether the rule is about a parameter met by ``ops``."""
+        if self.ops and not set(self.ops) & set(ops):
+            return False
+        if self.match.startswith("re:"):
+            return re.fullmatch(self.match[3:], path) is not None
+        return fnmatch.fnmatchcase(path, self.match)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, as plain data."""
+        out: dict[str, Any] = {"match": self.match}
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            if isinstance(value, QuantSpec):
+                value = value.to_dict()
+            elif field.name == "options":
+                value = dict(value)
+            out[field.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Rule":
+        """Invert `to_dict`.
+
+        Raises:
+            ValueError: on an unknown key, or a value the constructor refuses.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise unknown(key, known, "rule field")
+        fields = dict(data)
+        for key in ("weight", "activation"):
+            if isinstance(fields.get(key), Mapping):
+                fields[key] = QuantSpec.from_dict(fields[key])
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An ordered list of rules; the first that matches a parameter wins.
+
+    Attributes:
+        name: for tables and manifests.
+        rules: in order of precedence.
+
+    Example:
+        >>> keep_head = Rule("*lm_head*")
+        >>> recipe = Recipe("mine", (keep_head, Rule("*", QuantSpec("int8"))))
+        >>> recipe == Recipe.from_dict(recipe.to_dict())
+        True
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        """Normalize the container."""
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if not self.rules:
+            raise ValueError(f"recipe {self.name!r} has no rules: it would do nothing")
+
+    def rule_for(self, path: str, ops: Sequence[str] = ()) -> Rule | None:
+        """Return the first rule about a parameter, or None."""
+        return next((rule for rule in self.rules if rule.matches(path, ops)), None)
+
+    def with_group_size(self, size: int) -> "Recipe":
+        """Return the recipe with another group size wherever weights have groups.
+
+        Raises:
+            ValueError: when no rule has groups.
+        """
+        rules, changed = [], False
+        for rule in self.rules:
+            if rule.weight is not None and isinstance(rule.weight.block, int):
+                weight = dataclasses.replace(rule.weight, block=size)
+                rule, changed = dataclasses.replace(rule, weight=weight), True
+            rules.append(rule)
+        if not changed:
+            raise ValueError(
+                f"group size {size} was asked for, but no rule of recipe {self.name!r} "
+                f"has groups; its weights have one scale per channel or tensor"
+            )
+        return Recipe(f"{self.name}-g{size}", tuple(rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for YAML or JSON."""
+        return {"name": self.name, "rules": [rule.to_dict() for rule in self.rules]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
+        """Invert `to_dict`.
+
+        Raises:
+            ValueError: naming the key or value that is wrong.
+        """
+        for key in data:
+            if key not in ("name", "rules"):
+                raise unknown(key, ("name", "rules"), "recipe field")
+        rules = data.get("rules")
+        if not isinstance(rules, list) or not all(
+            isinstance(r, Mapping) for r in rules
+        ):
+            raise ValueError("a recipe needs 'rules': a list of rules, each a mapping")
+        return cls(str(data.get("name", "recipe")), tuple(map(Rule.from_dict, rules)))
+
+    def dump(self, path: str | Path) -> None:
+        """Write the recipe as YAML, or as JSON when the name ends in ``.json``."""
+        as_json = str(path).endswith(".json")
+        text = (
+            json.dumps(self.to_dict(), indent=2)
+            if as_json
+            else yaml.safe_dump(self.to_dict(), sort_keys=False)
+        )
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Read a recipe from YAML or JSON.
+
+        Raises:
+            ValueError: naming the file and what is wrong in it.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+        if not isinstance(data, Mapping):
+            raise ValueError(f"{path} holds no recipe: give 'name' and 'rules'")
+        try:
+            return cls.from_dict(data)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error

@@ -1,0 +1,52 @@
+"""Where the arrays of a `QTensor` live on a mesh: like the weight, where that divides."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxq.qtensor import QTensor
+
+
+def qtensor_shardings(q: QTensor, weight: NamedSharding) -> QTensor:
+    """Return the shardings of every array of ``q``, given the weight's own.
+
+    Each array has the weight's rank, so it takes the weight's partition of every axis
+    that the mesh divides for it; an axis that does not divide (a few blocks of scales
+    over many devices) is replicated. Never an error from a scale.
+
+    Args:
+        q: a `QTensor`, real or abstract.
+        weight: the sharding of the tensor it stands for.
+
+    Returns:
+        A `QTensor` of `jax.sharding.NamedSharding`, as `jax.device_put` takes it.
+    """
+    entries = tuple(weight.spec) + (None,) * (q.ndim - len(weight.spec))
+
+    def one(a: Any) -> NamedSharding:
+        kept = [
+            entry if _divides(weight.mesh, entry, length) else None
+            for entry, length in zip(entries, a.shape, strict=True)
+        ]
+        return NamedSharding(weight.mesh, PartitionSpec(*kept))
+
+    return jax.tree.map(one, q)
+
+
+def shard_like(q: QTensor, weight: Any) -> QTensor:
+    """Place ``q`` on the mesh of the array it was made from, if that is on one."""
+    sharding = getattr(weight, "sharding", None)
+    if isinstance(weight, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
+        return q
+    return jax.device_put(q, qtensor_shardings(q, sharding))
+
+
+def _divides(mesh: Any, entry: str | Sequence[str] | None, length: int) -> bool:
+    """Whether an axis of ``length`` splits evenly over the mesh axes of ``entry``."""
+    if entry is None:
+        return False
+    names = (entry,) if isinstance(entry, str) else tuple(entry)
+    return length > 1 and length % math.prod(mesh.shape[n] for n in names) == 0

@@ -1,0 +1,44 @@
+"""RTN: round to nearest, in a range chosen without data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from jaxq.qtensor import QTensor
+from jaxq.quantize import Axes, Blocking, quantize
+from jaxq.solvers.clipping import clipped_bounds
+from jaxq.spec import QuantSpec
+
+
+def rtn(
+    weight: jax.Array,
+    statistics: Any,
+    spec: QuantSpec,
+    *,
+    axis: Axes = None,
+    stacked: Sequence[int] = (),
+    clip: str = "absmax",
+    **options: Any,
+) -> QTensor:
+    """Round every weight to its nearest code: ``q = clip(⌊w / s⌉ + z)``.
+
+    Args:
+        weight: float, any shape.
+        statistics: unused (a data-free solver).
+        spec: format, blocks and scales.
+        axis: the contracted axes.
+        stacked: axes that enumerate independent weights.
+        clip: how the range of a block is chosen: ``absmax`` (nothing clipped),
+            ``percentile`` (option ``percent``) or ``mse`` (options ``steps``,
+            ``smallest``, ``exponent``).
+        **options: of the clipping method.
+
+    Raises:
+        UnknownNameError: on an unknown clipping method.
+    """
+    if clip == "absmax" or spec.center:
+        return quantize(weight, spec, axis, stacked=stacked)
+    where = Blocking.of(spec, weight.shape, axis, stacked)
+    bounds = clipped_bounds(weight, spec, where, clip, options)
+    return quantize(weight, spec, axis, stacked=stacked, bounds=bounds)
