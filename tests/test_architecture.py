@@ -18,7 +18,9 @@ HEAVY = ("torch", "transformers", "flax", "orbax", "rich", "typer", "tokenizers"
 
 
 def _sources(*folders: str) -> list[Path]:
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [
+        path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
 
 
 def _name(path: Path) -> str:
@@ -65,7 +67,11 @@ def _is_module(name: str) -> bool:
 def test_import_rules():
     """The contracts of pyproject.toml: layers, forbidden and independent imports."""
     run = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as f; f()"],
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command as f; f()",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

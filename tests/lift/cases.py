@@ -46,7 +46,8 @@ class Case:
             None where finding a site is as good as falling back.
         quantize: Per parameter path, the axes to quantize along. Defaults to the
             contracting axes of the first site of each parameter in `sites`.
-        stacked: Per parameter path, the axes that an enclosing scan consumes.
+        stacked: Per parameter path, the axes that enumerate independent weights:
+            loops, indices and batch dimensions consume them.
         fallback: Paths that have a use without a fused rule: `explain` lists them.
         dots: Parameters that every float dot_general of the quantized function has.
         reverse: Whether the float function has a reverse-mode derivative.
@@ -63,7 +64,7 @@ class Case:
 
     def axes(self) -> dict[str, tuple[int, ...]]:
         """The axes along which each chosen parameter is quantized."""
-        found = {path: _axes(*keys[0]) for path, keys in (self.sites or {}).items()}
+        found = {path: keys[0][1] for path, keys in (self.sites or {}).items()}
         return {**found, **self.quantize}
 
     def example(self) -> Example:
@@ -74,10 +75,6 @@ class Case:
 @cache
 def _built(build: Callable[[], Example]) -> Example:
     return build()
-
-
-def _axes(op: str, contracting: tuple[int, ...]) -> tuple[int, ...]:
-    return (-1,) if op == "gather" else contracting
 
 
 def dot(*contracting: int) -> SiteKey:
@@ -95,7 +92,8 @@ def ragged(*contracting: int) -> SiteKey:
     return ("ragged_dot", contracting)
 
 
-GATHER: SiteKey = ("gather", ())
+# Rows looked up in a table: what counts is the axis of a row.
+GATHER: SiteKey = ("gather", (1,))
 
 
 def normal(*shape: int, seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
@@ -536,7 +534,7 @@ def scan_carried() -> Example:
 
 
 def scan_same_shapes() -> Example:
-    """Carry, constant and scanned input that shapes alone cannot tell apart."""
+    """Constant, carry and one layer have one shape, and as many layers as rows."""
 
     def fn(p, x):
         def step(carry, layer):
@@ -544,7 +542,7 @@ def scan_same_shapes() -> Example:
 
         return lax.scan(step, x, p["ws"])
 
-    return plain(fn, normal(D, D, seed=9), w=normal(D, D), ws=normal(D, D, D))
+    return plain(fn, normal(4, 4, seed=9), w=normal(4, 4), ws=normal(4, 4, 4))
 
 
 def scan_nested() -> Example:
@@ -1043,7 +1041,7 @@ PRODUCTS: tuple[Case, ...] = (
     Case("einsum-three", einsum_three, {"up": (dot(0),), "down": (dot(0),)}),
     Case("einsum-three-gate", einsum_three_gate, {"w": (dot(0),)}),
     Case("einsum-experts", einsum_experts, {"w": (dot(1),)}),
-    Case("einsum-batched", einsum_batched, {"w": (dot(1),)}),
+    Case("einsum-batched", einsum_batched, {"w": (dot(1),)}, stacked={"w": (0,)}),
     Case("two-axes", two_axes, {"w": (dot(0, 1),)}),
     Case("tensordot", tensordot, {"w": (dot(0, 1),)}),
     Case("inner", inner, {"w": (dot(1),)}),
@@ -1075,7 +1073,12 @@ VIEWS: tuple[Case, ...] = (
     Case("fused-qkv-split-before", fused_qkv_split_before, {"qkv": (dot(0),)}),
     Case("sliced-contraction", sliced_contraction, {"w": (dot(0),)}),
     Case("strided-slice", strided_slice, {"w": (dot(0),)}),
-    Case("indexed-statically", indexed_statically, {"ws": (dot(1),)}),
+    Case(
+        "indexed-statically",
+        indexed_statically,
+        {"ws": (dot(1),)},
+        stacked={"ws": (0,)},
+    ),
     Case("used-twice", used_twice, {"w": (dot(0),)}),
     Case("used-both-ways", used_both_ways, {"w": (dot(0), dot(1))}),
     Case(
@@ -1120,8 +1123,8 @@ CONTROL_FLOW: tuple[Case, ...] = (
     ),
     Case("while-carried", while_carried, None, quantize={"w": (0,)}, reverse=False),
     Case("fori-loop", fori_loop, {"w": (dot(0),)}),
-    Case("fori-loop-layers", fori_loop_layers, {"ws": (dot(1),)}),
-    Case("dynamic-index", dynamic_index, {"ws": (dot(1),)}),
+    Case("fori-loop-layers", fori_loop_layers, {"ws": (dot(1),)}, stacked={"ws": (0,)}),
+    Case("dynamic-index", dynamic_index, {"ws": (dot(1),)}, stacked={"ws": (0,)}),
     Case("dynamic-column-slice", dynamic_column_slice, {"w": (dot(0),)}),
     Case("scan-layers", scan_layers, {"w": (dot(1),)}, stacked={"w": (0,)}),
     Case(
@@ -1142,7 +1145,9 @@ CONTROL_FLOW: tuple[Case, ...] = (
     Case("scan-last-axis", scan_last_axis, {"w": (dot(0),)}, stacked={"w": (2,)}),
     Case("lax-map", lax_map, {"w": (dot(0),)}),
     Case("associative-scan", associative_scan, {"w": (dot(0),)}),
-    Case("ragged-dot", ragged_dot, {"experts": (ragged(1),)}),
+    Case(
+        "ragged-dot", ragged_dot, {"experts": (ragged(1),)}, stacked={"experts": (0,)}
+    ),
 )
 
 TRANSFORMATIONS: tuple[Case, ...] = (
@@ -1151,7 +1156,7 @@ TRANSFORMATIONS: tuple[Case, ...] = (
     Case("shared-jit", shared_jit_helper, {"w": (dot(0),), "v": (dot(0),)}),
     Case("jit-static-argument", jitted_static_argument, {"w": (dot(0),)}),
     Case("vmap-activations", vmap_activations, {"w": (dot(0),)}),
-    Case("vmap-weights", vmap_weights, {"w": (dot(1),)}),
+    Case("vmap-weights", vmap_weights, {"w": (dot(1),)}, stacked={"w": (0,)}),
     Case("vmap-ensemble", vmap_ensemble, {"w": (dot(1),)}),
     Case("checkpoint-policy", checkpoint_policy, {"w": (dot(0),)}),
     Case("inner-gradient", inner_gradient, {"w": (dot(0), dot(1))}),
