@@ -196,7 +196,10 @@ def _replacing(path: Path) -> Iterator[Path]:
     """Yields a name to write to; renames it to `path` once that went well."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors would make it readable by us alone
         yield partial
+        partial.chmod(mode)
         partial.replace(path)
     except SafetensorError as error:
         raise OSError(f"could not write {path}: {error}") from error
