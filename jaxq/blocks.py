@@ -1,6 +1,5 @@
 """Which elements share a scale: from a spec's granularity to a block size per axis."""
 
-import math
 from collections.abc import Sequence
 
 import jax
@@ -42,7 +41,7 @@ def block_shape(
     group = block if isinstance(block, int) else block[0]
     for axis in sorted(contracting, reverse=True):
         sizes[axis] = min(group, shape[axis])
-        group = math.ceil(group / max(shape[axis], 1))
+        group = max(group // max(shape[axis], 1), 1)
     if isinstance(block, tuple):
         free = [i for i in range(len(shape)) if i not in (*contracting, *stacked)]
         if not free:
@@ -60,7 +59,7 @@ def grid_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[int, ...]:
 
 
 def to_blocks(x: jax.Array, block: Sequence[int], fill: float = 0.0) -> jax.Array:
-    """Reshape ``x`` to ``[n0, b0, n1, b1, ...]``, padding ragged blocks with ``fill``."""
+    """Reshape ``x`` to ``[n0, b0, n1, b1, ...]``; ``fill`` completes ragged blocks."""
     grid = grid_shape(x.shape, block)
     pad = [(0, n * b - s) for n, b, s in zip(grid, block, x.shape, strict=True)]
     if any(after for _, after in pad):

@@ -58,8 +58,13 @@ class QuantSpec:
         _check_block(self.block)
         if self.grid not in GRIDS:
             raise unknown(self.grid, GRIDS, "symmetric grid")
-        if isinstance(self.scale, str) and self.scale not in SCALE_DTYPES:
-            raise unknown(self.scale, SCALE_DTYPES, "scale dtype")
+        _check_scale(self.scale)
+        if self.scale == "e8m0" and not (self.symmetric and self.grid == "restricted"):
+            raise ValueError(
+                f"scale='e8m0' is rounded down to a power of two for the symmetric, "
+                f"restricted grid, but symmetric={self.symmetric} and "
+                f"grid={self.grid!r}: use another scale dtype, or the defaults"
+            )
         if not self.symmetric and not fmt.is_integer:
             raise ValueError(
                 f"symmetric=False needs an integer format, and {self.format!r} is not "
@@ -96,9 +101,11 @@ class QuantSpec:
             block = f"tile {block[0]}x{block[1]}"
         kind = "" if self.symmetric else " asymmetric"
         grid = "" if self.grid == "restricted" else f" ({self.grid} grid)"
-        scale = self.scale if isinstance(self.scale, str) else self.scale.describe()
-        scales = f", {scale} scales"
-        return f"{self.format} {block}{kind}{grid}{scales}"
+        if isinstance(self.scale, str):
+            scales = f"{self.scale} scales"
+        else:
+            scales = f"scales as {self.scale.describe()}"
+        return f"{self.format} {block}{kind}{grid}, {scales}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as plain data."""
@@ -135,10 +142,24 @@ def _check_block(block: Block) -> None:
         if block not in BLOCKS:
             raise unknown(block, BLOCKS, "block")
         return
-    sizes = (block,) if isinstance(block, int) else block
-    wrong = isinstance(block, tuple) and len(block) != 2
-    if wrong or not all(isinstance(n, int) and n >= 1 for n in sizes):
+    tile = isinstance(block, tuple)
+    sizes = block if tile else (block,)
+    wrong = tile and len(block) != 2
+    if wrong or not all(type(n) is int and n >= 1 for n in sizes):
         raise ValueError(
             f"block={block!r}: give 'tensor', 'channel', 'token', a group size >= 1, "
             f"or a tile (contracted, free) of two sizes >= 1"
         )
+
+
+def _check_scale(scale: "str | QuantSpec") -> None:
+    """Raise unless ``scale`` is a scale dtype or a spec."""
+    if isinstance(scale, QuantSpec):
+        return
+    if not isinstance(scale, str):
+        raise ValueError(
+            f"scale={scale!r}: give one of {', '.join(SCALE_DTYPES)}, or a QuantSpec "
+            f"by which the scales are quantized"
+        )
+    if scale not in SCALE_DTYPES:
+        raise unknown(scale, SCALE_DTYPES, "scale dtype")
