@@ -60,5 +60,5 @@ def test_abstract_shapes(fmt):
 
 
 def test_a_mistyped_name_is_answered_with_the_right_one():
-    with pytest.raises(UnknownNameError, match="'itn4'.*did you mean 'int4'.*nf4"):
+    with pytest.raises(UnknownNameError, match=r"'itn4'.*did you mean 'int4'.*nf4"):
         lookup(FORMATS, "itn4", "format")
