@@ -7,18 +7,60 @@ import jax
 from jax import lax
 
 from jaxq.lift.leaf import is_leaf
+from jaxq.qtensor import QTensor
 
 if TYPE_CHECKING:
     from jaxq.lift.replay import Replay
 
 
 def call(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
-    """Replay the body in place: ``jit``, ``custom_jvp`` and ``custom_vjp`` calls.
-
-    A custom derivative rule cannot survive, because it was written for an array where
-    there is now a leaf; the derivative of the body takes its place.
-    """
+    """Replay the body of a ``jit`` (or the like) in place."""
     return replay.run(_body(eqn), values)
+
+
+def custom_jvp(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay the body, and keep the function's own derivative rule."""
+    if not _keeps_rule(replay, values):
+        return call(replay, eqn, values)
+    fused, floats = _two_ways(replay, eqn)
+    fused = jax.custom_jvp(fused)
+    fused.defjvp(lambda primals, tangents: jax.jvp(floats, primals, tangents))
+    return fused(*values)
+
+
+def custom_vjp(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
+    """Replay the body, and keep the function's own derivative rule."""
+    if not _keeps_rule(replay, values):
+        return call(replay, eqn, values)
+    fused, floats = _two_ways(replay, eqn)
+    fused = jax.custom_vjp(fused)
+    fused.defvjp(lambda *inputs: jax.vjp(floats, *inputs), lambda vjp, out: vjp(out))
+    return fused(*values)
+
+
+def _keeps_rule(replay: "Replay", values: list[Any]) -> bool:
+    """Whether to keep a derivative rule: not while only looking at a function."""
+    return replay.tap is None and any(isinstance(v, QTensor) for v in values)
+
+
+def _two_ways(
+    replay: "Replay", eqn: Any
+) -> tuple[Callable[..., list[Any]], Callable[..., list[Any]]]:
+    """Return a call on packed codes, and the original on dequantized weights.
+
+    The second has the function's own derivative rule, which was written for arrays; so
+    it serves differentiation, and the first everything else.
+    """
+
+    def fused(*inputs: Any) -> list[Any]:
+        name = eqn.primitive.name
+        return replay.arrays(replay.run(_body(eqn), inputs), f"{name} output")
+
+    def floats(*inputs: Any) -> list[Any]:
+        arrays = [x.dequantize() if isinstance(x, QTensor) else x for x in inputs]
+        return replay.float_equations(eqn, arrays)
+
+    return fused, floats
 
 
 def checkpoint(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
@@ -110,9 +152,8 @@ CONTROL_RULES: dict[str, Callable[..., list[Any]]] = {
     "pjit": call,
     "closed_call": call,
     "core_call": call,
-    "custom_jvp_call": call,
-    "custom_vjp_call": call,
-    "custom_vjp_call_jaxpr": call,
+    "custom_jvp_call": custom_jvp,
+    "custom_vjp_call": custom_vjp,
     "checkpoint": checkpoint,
     "remat": checkpoint,
     "remat2": checkpoint,

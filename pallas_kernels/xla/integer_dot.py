@@ -47,6 +47,7 @@ def integer_tiled_dot(
     if x.shape[1] != rows:
         x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1])))
     single = scales.shape[-2] == 1
+    group = rows if single else group
     limit = None if single else max(group, 128)
     tiling = Tiling.of(rows, codes.shape[-1], bits, pack, group, limit)
 

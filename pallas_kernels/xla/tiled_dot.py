@@ -51,6 +51,7 @@ def tiled_dot(
         float32, ``[M, N]`` for the default ``dot``.
     """
     rows = codes.shape[-2] * 8 // bits
+    group = rows if scales.shape[-2] == 1 else group
     tiling = Tiling.of(rows, codes.shape[-1], bits, pack, group)
     if x.shape[1] != rows:
         x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1])))
