@@ -1,0 +1,15 @@
+"""Checkpoints: jaxq's own (`save`, `load`, `inspect`), and those of other libraries."""
+
+from jaxq.checkpoints.errors import CheckpointError as CheckpointError
+from jaxq.checkpoints.errors import CorruptError as CorruptError
+from jaxq.checkpoints.errors import ExistsError as ExistsError
+from jaxq.checkpoints.errors import MismatchError as MismatchError
+from jaxq.checkpoints.errors import MissingFileError as MissingFileError
+from jaxq.checkpoints.errors import UnsupportedError as UnsupportedError
+from jaxq.checkpoints.errors import VersionError as VersionError
+from jaxq.checkpoints.errors import WriteError as WriteError
+from jaxq.checkpoints.loading import load as load
+from jaxq.checkpoints.manifest import is_jaxq_checkpoint as is_jaxq_checkpoint
+from jaxq.checkpoints.saving import save as save
+from jaxq.checkpoints.summary import Summary as Summary
+from jaxq.checkpoints.summary import inspect as inspect

@@ -1,0 +1,135 @@
+"""Write a folder completely or not at all."""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jaxq.checkpoints.errors import CheckpointError, ExistsError, WriteError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def new_folder(
+    target: Path, may_replace: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that takes its place once all went well.
+
+    Everything is on the disk (fsync) before it gets its name, and an old target is
+    exchanged for the new one in one step. Whatever ends the block early, Ctrl-C
+    included, removes the new folder and leaves the old target as it was.
+
+    Args:
+        target: where the folder shall be; an empty folder there is no obstacle.
+        may_replace: called with an existing target, raises if it must not be replaced;
+            None: no target may.
+
+    Raises:
+        ExistsError: the target exists and may not be replaced.
+        WriteError: the disk is full, or not writable.
+    """
+    target = target.absolute()
+    if target.is_symlink():
+        target = target.resolve()
+    _refuse(target, may_replace)
+    temporary = _beside(target, "partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _sync(temporary)
+        _refuse(target, may_replace)
+        _publish(temporary, target)
+        _sync_folder(target.parent)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise _write_error(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ExistsError(f"{target} is a file; name a folder that does not exist yet")
+    if not any(target.iterdir()):
+        return
+    if may_replace is None:
+        raise ExistsError(
+            f"{target} exists; save elsewhere, or pass overwrite=True to replace it"
+        )
+    may_replace(target)
+
+
+def _write_error(target: Path, error: OSError) -> WriteError:
+    place = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(place).free
+    return WriteError(
+        error.errno,
+        f"could not write {target}: {error.strerror or error} ({free:,} bytes are free "
+        "there). What was there before is untouched, and nothing partial is left; make "
+        "room, or save elsewhere",
+    )
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    """Give ``temporary`` the name ``target``; an old target ends up under the other."""
+    if not target.exists() or not any(target.iterdir()):
+        temporary.rename(target)
+        return
+    if _exchange(temporary, target):
+        return
+    # No such system call here: two steps, and back again if the second one fails.
+    old = _beside(target, "old")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    names = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
+    return renameat2(*names, _RENAME_EXCHANGE) == 0
+
+
+def _beside(target: Path, ending: str) -> Path:
+    """Return a name on the same file system that nobody else takes."""
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name}.{unique}.{ending}")
+
+
+def _sync(folder: Path) -> None:
+    """Wait until every file below ``folder`` is on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on the disk, where systems allow that."""
+    with contextlib.suppress(PermissionError, IsADirectoryError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,31 @@
+"""What can be wrong with a checkpoint; every class is a `CheckpointError`."""
+
+from jaxq.checkpoints.huggingface import CheckpointError as CheckpointError
+
+
+class CorruptError(CheckpointError):
+    """A file does not hold the bytes that were written: truncated, altered, no JSON."""
+
+
+class MismatchError(CheckpointError):
+    """Two things that should agree do not: manifest and tensors, or file and `like`."""
+
+
+class VersionError(CheckpointError):
+    """The checkpoint was written by a newer jaxq, in a format this one cannot read."""
+
+
+class UnsupportedError(CheckpointError):
+    """A tree holds something that no checkpoint can: a function, a tracer, a key."""
+
+
+class MissingFileError(FileNotFoundError, CheckpointError):
+    """A folder or one of its files is not there."""
+
+
+class ExistsError(FileExistsError, CheckpointError):
+    """The target exists and may not be replaced."""
+
+
+class WriteError(OSError, CheckpointError):
+    """Writing failed (full disk, no permission); what was there before is untouched."""

@@ -1,0 +1,206 @@
+"""The backend for sharded trees: every device writes and reads its own part."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from jaxq.checkpoints import placement
+from jaxq.checkpoints.data_files import check_contents, fingerprint
+from jaxq.checkpoints.dtypes import WIDENED
+from jaxq.checkpoints.errors import CheckpointError, CorruptError, MismatchError
+from jaxq.checkpoints.manifest import DataFile, Manifest
+
+FOLDER = "arrays"
+
+
+def write(
+    folder: Path, manifest: Manifest, arrays: Mapping[str, Any], shard_bytes: int
+) -> dict[str, DataFile]:
+    """Write every array with Orbax, as a flat tree from name to array.
+
+    Args:
+        folder: where to; the arrays go into its folder `arrays`.
+        manifest: names the arrays, with their shapes and dtypes.
+        arrays: the arrays by name.
+        shard_bytes: the limit of an Orbax data file.
+
+    Returns:
+        The files written.
+    """
+    ocp = _orbax()
+    stored = {
+        name: arrays[name].astype(_stored_dtype(tensor))
+        for name, tensor in manifest.tensors()
+        if _has_numbers(tensor)
+    }
+    if not stored:
+        return {}
+    args = ocp.args.PyTreeSave(stored, ocdbt_target_data_file_size=shard_bytes)
+    with _quiet(), _checkpointer(ocp) as checkpointer:
+        try:
+            checkpointer.save(folder / FOLDER, args=args)
+        except (ValueError, RuntimeError) as error:  # how tensorstore says: no room
+            raise OSError(None, f"Orbax: {_first_line(error)}") from error
+    return {
+        path.relative_to(folder).as_posix(): fingerprint(path)
+        for path in sorted((folder / FOLDER).rglob("*"))
+        if path.is_file()
+    }
+
+
+def read(
+    folder: Path, manifest: Manifest, places: placement.Places, verify: bool
+) -> dict[str, Any]:
+    """Read every array to its place, by default the one it was saved from.
+
+    Where those devices do not exist here, the default is the first device.
+
+    Raises:
+        CorruptError: a file is damaged.
+        MismatchError: files and manifest do not hold the same arrays.
+    """
+    if verify:
+        check_contents(folder, manifest, manifest.files)
+    tensors = dict(manifest.tensors())
+    wanted = {name: t for name, t in tensors.items() if _has_numbers(t)}
+    arrays = {
+        name: placement.put(np.empty(0, np.uint8), tensor, places.get(name))
+        for name, tensor in tensors.items()
+        if name not in wanted
+    }
+    if not wanted:
+        return arrays
+    ocp = _orbax()
+    with _quiet(), _checkpointer(ocp) as checkpointer, _explained(folder):
+        found = checkpointer.metadata(folder / FOLDER).item_metadata.tree
+        _check(folder, found, wanted)
+        restore = {
+            name: _restore_args(
+                ocp, tensor, places.get(name) or _saved_place(found[name])
+            )
+            for name, tensor in wanted.items()
+        }
+        args = ocp.args.PyTreeRestore(restore_args=restore)
+        restored = checkpointer.restore(folder / FOLDER, args=args)
+    for name, array in restored.items():
+        arrays[name] = array.astype(wanted[name].dtype)
+    return arrays
+
+
+def check_headers(folder: Path, manifest: Manifest) -> None:
+    """Check that Orbax holds the manifest's arrays and no others; no data is read.
+
+    Raises:
+        CorruptError: Orbax's own files are damaged.
+        MismatchError: naming the tensor and the two values.
+    """
+    wanted = {n: t for n, t in manifest.tensors() if _has_numbers(t)}
+    if not wanted:
+        return
+    with _quiet(), _checkpointer(_orbax()) as checkpointer, _explained(folder):
+        found = checkpointer.metadata(folder / FOLDER).item_metadata.tree
+        _check(folder, found, wanted)
+
+
+def _orbax() -> Any:
+    """Import Orbax when it is needed: it takes a second."""
+    import orbax.checkpoint as ocp
+
+    return ocp
+
+
+@contextmanager
+def _checkpointer(ocp: Any) -> Iterator[Any]:
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    try:
+        yield checkpointer
+    finally:
+        checkpointer.close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from logging what is also raised, and from warning of the expected."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what Orbax raises at damaged files into errors that name the folder."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise CorruptError(
+            f"{folder / FOLDER} cannot be read by Orbax: {_first_line(error)}; fetch "
+            "or save the checkpoint again"
+        ) from error
+
+
+def _check(
+    folder: Path, found: Any, wanted: Mapping[str, jax.ShapeDtypeStruct]
+) -> None:
+    found = found if isinstance(found, Mapping) else {}
+    odd = sorted(set(found) ^ set(wanted))
+    if odd:
+        lacks = "lacks" if odd[0] in wanted else "has the unexpected"
+        raise MismatchError(
+            f"{folder / FOLDER} {lacks} {odd[0]!a} (jaxq.json lists {len(wanted)} "
+            f"arrays, Orbax {len(found)}); they belong to different checkpoints"
+        )
+    for name, tensor in wanted.items():
+        has = (tuple(found[name].shape), np.dtype(found[name].dtype))
+        expected = (tuple(tensor.shape), _stored_dtype(tensor))
+        if has != expected:
+            raise MismatchError(
+                f"{folder / FOLDER}: {name!a} is {has[0]} {has[1]}, but jaxq.json says "
+                f"{expected[0]} {expected[1]}; they belong to different checkpoints"
+            )
+
+
+def _saved_place(metadata: Any) -> Sharding:
+    """Return the sharding an array was saved with, or the first device."""
+    try:
+        place = metadata.sharding.to_jax_sharding()
+    except (ValueError, AttributeError):
+        place = None
+    return place or SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _restore_args(ocp: Any, tensor: jax.ShapeDtypeStruct, place: Sharding) -> Any:
+    dtype = _stored_dtype(tensor)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+    return ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=place, global_shape=tensor.shape, dtype=dtype
+    )
+
+
+def _stored_dtype(tensor: jax.ShapeDtypeStruct) -> np.dtype:
+    """Return the dtype on disk: 4- and 2-bit integers are stored as bytes."""
+    return np.dtype(WIDENED.get(tensor.dtype.name, tensor.dtype))
+
+
+def _has_numbers(tensor: jax.ShapeDtypeStruct) -> bool:
+    """Whether there is anything to store: Orbax refuses arrays without elements."""
+    return 0 not in tensor.shape
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]

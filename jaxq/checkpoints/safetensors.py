@@ -1,0 +1,205 @@
+"""One safetensors file: written as a stream, read through a memory map.
+
+The format: 8 bytes, the length of the header (little endian); the header, JSON, from
+tensor name to dtype, shape and byte range; the bytes. The safetensors library's NumPy
+reader knows no 8-bit floats, and its writer wants all tensors of a file at once.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxq.checkpoints import strict_json
+from jaxq.checkpoints.dtypes import SAFETENSORS_NAMES
+from jaxq.checkpoints.errors import CorruptError, MismatchError
+from jaxq.checkpoints.manifest import DataFile
+
+MAX_HEADER = 100 * 2**20
+CHUNK = 16 * 2**20
+_ITEM_BYTES = {
+    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2},
+    **{"F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What the header says of one tensor; ``start`` and ``end`` count from the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @classmethod
+    def of(cls, tensor: jax.ShapeDtypeStruct, start: int) -> "Entry":
+        """Return how a tensor is stored at ``start``."""
+        dtype = np.dtype(tensor.dtype)
+        name, shape = SAFETENSORS_NAMES[dtype.name], tuple(tensor.shape)
+        if name is None:
+            name, shape = "U8", (*shape, dtype.itemsize)
+        return cls(name, shape, start, start + math.prod(tensor.shape) * dtype.itemsize)
+
+
+def layout(tensors: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Entry]:
+    """Return where each tensor goes: the widest items first, so all are aligned."""
+    entries: dict[str, Entry] = {}
+    position = 0
+    for name in sorted(
+        tensors, key=lambda n: (-np.dtype(tensors[n].dtype).itemsize, n)
+    ):
+        entries[name] = Entry.of(tensors[name], position)
+        position = entries[name].end
+    return entries
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, jax.ShapeDtypeStruct],
+    fetch: Callable[[str], np.ndarray],
+) -> DataFile:
+    """Write a file, holding one tensor in memory at a time.
+
+    Args:
+        path: of the file.
+        tensors: what goes into it.
+        fetch: returns the numbers of a tensor.
+
+    Returns:
+        The size and SHA-256 of what was written.
+    """
+    entries = layout(tensors)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in _pieces(entries, fetch):
+            file.write(piece)
+            digest.update(piece)
+        return DataFile(file.tell(), digest.hexdigest())
+
+
+def _pieces(
+    entries: Mapping[str, Entry], fetch: Callable[[str], np.ndarray]
+) -> Iterable[bytes | memoryview]:
+    header: dict[str, Any] = {"__metadata__": {"format": "jaxq"}}
+    for name, entry in entries.items():
+        offsets = [entry.start, entry.end]
+        header[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": offsets,
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name, entry in entries.items():
+        array = np.ascontiguousarray(fetch(name))
+        array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        data = array.reshape(-1).view(np.uint8).data
+        if len(data) != entry.end - entry.start:
+            raise MismatchError(
+                f"{name!r} changed while it was saved: {len(data)} bytes, announced "
+                f"were {entry.end - entry.start}"
+            )
+        for start in range(0, len(data), CHUNK):
+            yield data[start : start + CHUNK]
+
+
+class Reader:
+    """An open safetensors file whose header was checked against its size.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        CorruptError: the file is truncated, or its header is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            self.size = os.fstat(file.fileno()).st_size
+            header = self._read_header(file.read(8), file.read)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._data = self.size - sum(
+            entry.end - entry.start for entry in header.values()
+        )
+        self.entries = header
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The bytes of a tensor as a read-only uint8 view of the file."""
+        entry = self.entries[name]
+        size = entry.end - entry.start
+        return np.frombuffer(self._map, np.uint8, size, self._data + entry.start)
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the whole file."""
+        digest = hashlib.sha256()
+        with memoryview(self._map) as data:
+            for start in range(0, self.size, CHUNK):
+                digest.update(data[start : start + CHUNK])
+        return digest.hexdigest()
+
+    def _read_header(
+        self, length: bytes, read: Callable[[int], bytes]
+    ) -> dict[str, Entry]:
+        announced = int.from_bytes(length, "little")
+        room = min(self.size - 8, MAX_HEADER)
+        if len(length) < 8 or announced > room:
+            raise CorruptError(
+                f"{self.path} ({self.size} bytes) is truncated or no safetensors file: "
+                f"its header would have {announced} bytes, and there is room for "
+                f"{max(room, 0)}; fetch or save it again"
+            )
+        parsed = strict_json.parse(read(announced), f"the header of {self.path}")
+        parsed.pop("__metadata__", None)
+        entries = {name: self._entry(name, e) for name, e in parsed.items()}
+        self._check_ranges(entries, self.size - 8 - announced)
+        return entries
+
+    def _entry(self, name: str, data: Any) -> Entry:
+        where = f"{self.path}: tensor {name!a}"
+        if not isinstance(data, dict):
+            raise CorruptError(f"{where} is {strict_json.shorten(data)}, not an object")
+        dtype = strict_json.get(data, "dtype", str, where)
+        shape = strict_json.get_sizes(data, "shape", where)
+        offsets = strict_json.get_sizes(data, "data_offsets", where)
+        size = _ITEM_BYTES.get(dtype, 0) * math.prod(shape)
+        if dtype not in _ITEM_BYTES or len(offsets) != 2:
+            raise CorruptError(
+                f"{where} has dtype {strict_json.shorten(dtype)} and data_offsets "
+                f"{strict_json.shorten(offsets)}; fetch or save it again"
+            )
+        if offsets[1] - offsets[0] != size:
+            raise CorruptError(
+                f"{where} ({dtype}, {strict_json.shorten(shape)}) needs "
+                f"{strict_json.shorten(size)} bytes, but its data_offsets are "
+                f"{strict_json.shorten(offsets)}; fetch or save it again"
+            )
+        return Entry(dtype, shape, *offsets)
+
+    def _check_ranges(self, entries: Mapping[str, Entry], room: int) -> None:
+        """Raise unless the tensors fill the data exactly, without gap or overlap."""
+        position = 0
+        for name, entry in sorted(
+            entries.items(), key=lambda e: (e[1].start, e[1].end)
+        ):
+            if entry.start != position:
+                raise CorruptError(
+                    f"{self.path}: tensor {name!a} starts at byte {entry.start}, but "
+                    f"the one before it ends at {position}; fetch or save it again"
+                )
+            position = entry.end
+        if position != room:
+            raise CorruptError(
+                f"{self.path} is truncated or has something appended: its tensors need "
+                f"{position} bytes, and it holds {room}; fetch or save it again"
+            )
