@@ -16,7 +16,8 @@ import numpy as np
 
 from jaxq.models.cache import PADDING, KVCache, empty_cache
 
-SMALLEST_BUCKET = 16
+SMALLEST_PROMPT = 16
+SMALLEST_CACHE = 256  # so that short texts of any length share one compiled step
 NOTHING = -1  # what a row that has ended yields
 
 
@@ -101,8 +102,8 @@ def stream(
     errors are those of `generate`.
     """
     lengths = _check(prompts, max_new_tokens, config)
-    tokens, positions = pad(prompts, _bucket(max(lengths)))
-    slots = _bucket(tokens.shape[1] + max_new_tokens)
+    tokens, positions = pad(prompts, _bucket(max(lengths), SMALLEST_PROMPT))
+    slots = _bucket(tokens.shape[1] + max_new_tokens, SMALLEST_CACHE)
     cache = empty_cache(config, len(prompts), slots, _cache_dtype(params))
     logits, cache = _prefill(apply, params, tokens, positions, cache)
     draw = partial(_draw, knobs=_knobs(sampling), greedy=sampling.temperature == 0)
@@ -195,9 +196,9 @@ def _knobs(sampling: Sampling) -> dict[str, jax.Array]:
     }
 
 
-def _bucket(length: int) -> int:
-    """Returns the power of two that `length` is padded to."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+def _bucket(length: int, smallest: int) -> int:
+    """Returns the power of two that `length` is padded to, from `smallest` on."""
+    return max(smallest, 1 << (length - 1).bit_length())
 
 
 def _cache_dtype(params: Any) -> Any:
