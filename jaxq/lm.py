@@ -1,0 +1,420 @@
+"""`LM`: a language model with its tokenizer, float or quantized, in one object."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.evaluate import (
+    bits_per_weight,
+    cut_windows,
+    parameter_count,
+    stored_bytes,
+)
+from jaxq.lift import quantized
+from jaxq.pipeline import Progress, quantize_params
+from jaxq.plan import Plan, plan
+from jaxq.presets import as_recipe
+from jaxq.qtensor import QTensor, is_qtensor
+from jaxq.recipe import Recipe
+from jaxq.spec import QuantSpec
+
+if TYPE_CHECKING:  # flax and tokenizers take a second to import: only when needed
+    from tokenizers import Tokenizer
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent / "demo_model"
+
+CALIBRATION_TOKENS = 512
+CALIBRATION_SEQUENCES = 128
+CALIBRATION_BATCH = 8
+
+# Carried along when a model is saved, so that the copy is complete.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+Calibration = str | Sequence[str] | np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LM:
+    """A causal language model: parameters, function, shape and tokenizer.
+
+    Immutable: `quantize` returns another one. Made by `load_model`.
+
+    Attributes:
+        params: Flax variables ``{"params": {...}}``; leaves are arrays or `QTensor`s.
+        apply: ``apply(params, token_ids[B, T]) -> float32[B, T, vocab]``, compiled once
+            per shape and structure; takes quantized and float parameters.
+        forward: the plain float function behind ``apply``.
+        config: the model's shape, for example ``config.context``.
+        tokenizer: a `tokenizers.Tokenizer`, or None where the folder had none.
+        eos: the tokens that end a text.
+        files: the texts of the files that lie beside the weights, by name.
+        name: for tables and messages.
+        recipe: what it was quantized with, or None.
+    """
+
+    params: Any
+    apply: Callable[..., Any]
+    forward: Callable[..., Any]
+    config: Any
+    tokenizer: "Tokenizer | None"
+    eos: tuple[int, ...] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    name: str = "model"
+    recipe: Recipe | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all parameters."""
+        return stored_bytes(self.params)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight over all parameters, float ones included."""
+        return bits_per_weight(self.params)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any parameter is a `QTensor`."""
+        leaves = jax.tree.leaves(self.params, is_leaf=is_qtensor)
+        return any(isinstance(leaf, QTensor) for leaf in leaves)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Return the tokens of a text, ``int32[tokens]``, as the tokenizer has them.
+
+        Raises:
+            ValueError: when the model has no tokenizer.
+        """
+        tokenizer = self._need_tokenizer()
+        return np.asarray(tokenizer.encode(text).ids, np.int32)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones left out.
+
+        Raises:
+            ValueError: when the model has no tokenizer.
+        """
+        return self._need_tokenizer().decode(list(map(int, tokens)))
+
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str:
+        """Return the text that the model continues ``prompt`` with.
+
+        Args:
+            prompt: any text; an empty one begins with the token that ends texts.
+            max_new_tokens: at most so many tokens; fewer when the text ends.
+            temperature: 0 takes the likeliest token every time; otherwise tokens are
+                drawn, from logits divided by it.
+            top_k: draw among the k likeliest tokens only.
+            top_p: draw among the likeliest tokens that together reach this probability.
+            seed: the same seed gives the same text.
+
+        Raises:
+            ValueError: when prompt and new tokens exceed the model's context, or a
+                setting is out of its range.
+        """
+        pieces = self.stream(
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+        )
+        return "".join(pieces)
+
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield the text of `generate` piece by piece, as it is made."""
+        from jaxq.generate import Sampling, stream
+
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        start = self._prompt_tokens(prompt)
+        steps = stream(
+            self.apply,
+            self.params,
+            self.config,
+            [start],
+            max_new_tokens,
+            sampling,
+            self.eos,
+        )
+        made: list[int] = []
+        shown = ""
+        for tokens in steps:
+            made.append(int(tokens[0]))
+            text = self.decode(made)
+            # Bytes of an unfinished character decode to a replacement: wait for more.
+            if not text.endswith("�"):
+                yield text[len(shown) :]
+                shown = text
+        yield self.decode(made)[len(shown) :]
+
+    def plan(
+        self, cfg: str | Recipe | QuantSpec, group_size: int | None = None
+    ) -> Plan:
+        """Say what `quantize` would do to every parameter; reads no weights."""
+        return plan(
+            self.forward, self.params, cfg, _example_tokens(), group_size=group_size
+        )
+
+    def quantize(
+        self,
+        cfg: str | Recipe | QuantSpec,
+        calibration: Calibration | None = None,
+        group_size: int | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> "LM":
+        """Return this model with quantized weights.
+
+        Args:
+            cfg: a preset's name, a `Recipe`, or a `QuantSpec` for every product.
+            calibration: for recipes that need data: a text, several texts, or
+                ``int[sequences, tokens]``.
+            group_size: replaces the recipe's group size.
+            progress: called after every parameter, see `jaxq.quantize_params`.
+
+        Raises:
+            ValueError: when the model is quantized already, a weight is not finite, or
+                a recipe needs data and there is none.
+        """
+        recipe = as_recipe(cfg, group_size)
+        static = [rule.match for rule in recipe.rules if rule.static]
+        if calibration is None and static:
+            raise ValueError(
+                f"rule {static[0]!r} of recipe {recipe.name!r} needs data for its "
+                f"static activation scale: give calibration= a text, or "
+                f"int[sequences, tokens]"
+            )
+        batches = [(_example_tokens(),)]
+        if calibration is not None:
+            batches = _batches(self.calibration_tokens(calibration))
+        params = quantize_params(
+            self.params, recipe, self.forward, batches, progress=progress
+        )
+        return dataclasses.replace(self, params=params, recipe=recipe)
+
+    def calibration_tokens(self, calibration: Calibration) -> np.ndarray:
+        """Return ``int32[sequences, tokens]`` of a text, several, or tokens.
+
+        Texts are joined into one stream and cut into at most 128 windows of at most 512
+        tokens.
+
+        Raises:
+            ValueError: on an empty text, an array of another rank, or tokens that the
+                model does not know.
+        """
+        if isinstance(calibration, str):
+            calibration = [calibration]
+        if isinstance(calibration, np.ndarray | jax.Array):
+            return _checked_tokens(np.asarray(calibration), self.config.vocab_size)
+        stream = [self.encode(text) for text in calibration]
+        tokens = np.concatenate(stream) if stream else np.zeros(0, np.int32)
+        length = min(CALIBRATION_TOKENS, int(self.config.context))
+        return cut_windows(tokens, length, CALIBRATION_SEQUENCES)
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        backend: str = "safetensors",
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a folder that `load_model` reads: weights, config and tokenizer.
+
+        Written completely or not at all, see `jaxq.save`.
+
+        Args:
+            path: the folder; made, with its parents.
+            backend: how the weights are stored, ``safetensors`` or ``orbax``.
+            overwrite: whether a checkpoint that is there is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: when the folder is there already.
+            OSError: when the disk is full or not writable.
+        """
+        from jaxq.checkpoints.saving import save
+
+        return save(
+            path,
+            self.params,
+            recipe=self.recipe,
+            extra_files=self.files,
+            backend=backend,
+            overwrite=overwrite,
+        )
+
+    def __repr__(self) -> str:
+        """Say name, size and recipe in one line."""
+        how = "float" if self.recipe is None else self.recipe.name
+        return (
+            f"LM({self.name}, {parameter_count(self.params):,} parameters, {how}, "
+            f"{self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
+        )
+
+    def _need_tokenizer(self) -> "Tokenizer":
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} has no tokenizer: put its tokenizer.json into the "
+                f"model's folder"
+            )
+        return self.tokenizer
+
+    def _prompt_tokens(self, prompt: str) -> list[int]:
+        tokens = self.encode(prompt).tolist()
+        return tokens or list(self.eos[:1])
+
+
+def load_model(path: str | Path, dtype: Any = None, *, weights: bool = True) -> LM:
+    """Load a language model, float or quantized, from a folder.
+
+    Args:
+        path: a Hugging Face folder (``config.json``, safetensors, ``tokenizer.json``),
+            a folder that `LM.save` wrote, or the word ``demo`` for the small model that
+            comes with jaxq (write ``./demo`` for a folder of that name).
+        dtype: of the parameters of a float model; None keeps the checkpoint's, in which
+            the model then also computes.
+        weights: False reads no weights: the parameters are `jax.ShapeDtypeStruct`s,
+            enough for `LM.plan`. (Folders that `LM.save` wrote are always read.)
+
+    Raises:
+        FileNotFoundError: the folder or a part of it is missing.
+        ValueError: a file is damaged, or the model is of a kind that is not known.
+
+    Example:
+        >>> import jaxq
+        >>> lm = jaxq.load_model("demo")  # doctest: +SKIP
+        >>> lm.quantize("w4a16").generate("import ")  # doctest: +SKIP
+    """
+    from jaxq.checkpoints.huggingface import read_config
+    from jaxq.load import read_tokenizer
+    from jaxq.models import find_family
+
+    is_demo = str(path) == DEMO
+    folder = DEMO_FOLDER if is_demo else Path(path)
+    hf_config = read_config(folder)
+    family = find_family(hf_config)
+    config = family.read_config(hf_config)
+    forward = family.module(config).apply
+    params, recipe = _read_params(folder, family, config, dtype, weights)
+    files = {
+        name: (folder / name).read_text("utf-8")
+        for name in SIDE_FILES
+        if (folder / name).is_file()
+    }
+    return LM(
+        params=params,
+        apply=quantized(forward),
+        forward=forward,
+        config=config,
+        tokenizer=read_tokenizer(folder),
+        eos=_end_of_text(files, hf_config),
+        files=files,
+        name=DEMO if is_demo else folder.resolve().name,
+        recipe=recipe,
+    )
+
+
+def generate(lm: LM, prompt: str, max_new_tokens: int = 64, **settings: Any) -> str:
+    """Return the text that ``lm`` continues ``prompt`` with; see `LM.generate`.
+
+    Args:
+        lm: a model, such as `load_model` returns.
+        prompt: any text.
+        max_new_tokens: at most so many tokens.
+        **settings: ``temperature``, ``top_k``, ``top_p`` and ``seed``.
+    """
+    return lm.generate(prompt, max_new_tokens, **settings)
+
+
+def _read_params(
+    folder: Path, family: Any, config: Any, dtype: Any, weights: bool
+) -> tuple[Any, Recipe | None]:
+    """Return the parameters, and the recipe they were quantized with."""
+    from jaxq.checkpoints import manifest
+    from jaxq.checkpoints.loading import load
+    from jaxq.load import load_huggingface
+
+    if manifest.is_jaxq_checkpoint(folder):
+        recipe = manifest.read(folder).recipe
+        return load(folder), None if recipe is None else Recipe.from_dict(recipe)
+    if not weights:
+        return family.abstract(config, dtype or _config_dtype(folder)), None
+    return load_huggingface(folder, dtype).params, None
+
+
+def _config_dtype(folder: Path) -> Any:
+    """Return the dtype that a Hugging Face config says the weights have."""
+    hf_config = json.loads((folder / "config.json").read_text("utf-8"))
+    return jnp.dtype(hf_config.get("dtype") or hf_config.get("torch_dtype", "float32"))
+
+
+def _end_of_text(
+    files: Mapping[str, str], hf_config: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Return the tokens that end a text; the generation config has the first word."""
+    generation = json.loads(files.get("generation_config.json", "{}"))
+    ids = generation.get("eos_token_id", hf_config.get("eos_token_id"))
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _example_tokens() -> jax.Array:
+    """Return tokens that show a language model's shapes, for tracing."""
+    return jnp.zeros((1, 8), jnp.int32)
+
+
+def _batches(tokens: np.ndarray) -> list[tuple[jax.Array]]:
+    """Cut sequences into batches."""
+    starts = range(0, len(tokens), CALIBRATION_BATCH)
+    return [(jnp.asarray(tokens[i : i + CALIBRATION_BATCH]),) for i in starts]
+
+
+def _checked_tokens(tokens: np.ndarray, vocab: int) -> np.ndarray:
+    """Return tokens as ``int32[sequences, tokens]`` that the model knows."""
+    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+        raise ValueError(
+            f"calibration is {tokens.dtype}{list(tokens.shape)}: give a text, texts, "
+            f"or integers [sequences, tokens]"
+        )
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"calibration holds the token {low if low < 0 else high}, but the model "
+            f"knows 0 to {vocab - 1}: is the tokenizer another's?"
+        )
+    return tokens.astype(np.int32)
