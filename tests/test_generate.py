@@ -1,6 +1,7 @@
 """Cached, batched generation against one uncached forward pass per token."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 
 from jaxq.generate import GREEDY, Sampling, generate, stream
+from jaxq.lift import quantized
 from jaxq.load import load_huggingface
+from jaxq.pipeline import dequantize_params, quantize_params
+from jaxq.qtensor import QTensor
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 PROMPTS = [[5], [1, 2, 3, 4, 5, 6, 7], [9, 8, 7], list(range(20, 41))]
@@ -23,6 +27,10 @@ def model(request):
 @pytest.fixture(scope="module")
 def llama():
     return load_huggingface(GOLDEN / "llama3", jnp.float32)
+
+
+def is_q(x):
+    return isinstance(x, QTensor)
 
 
 def run(model, prompts, new, **options):
@@ -52,6 +60,18 @@ def test_a_batch_of_any_lengths_equals_each_alone(model):
     together = run(model, PROMPTS, 12)
     assert together == [run(model, [prompt], 12)[0] for prompt in PROMPTS]
     assert len({tuple(text) for text in together}) > 1
+
+
+def test_a_quantized_model_takes_the_place_of_a_float_one(llama):
+    params = quantize_params(llama.params, "nf4")
+    assert any(isinstance(x, QTensor) for x in jax.tree.leaves(params, is_leaf=is_q))
+    apply = quantized(llama.module.apply)
+    got = generate(apply, params, llama.config, PROMPTS, 8)
+    rounded = replace(llama, params=dequantize_params(params))
+    # Not "equal": an argmax between near ties may fall either way.
+    expected = [uncached(rounded, prompt, 8) for prompt in PROMPTS]
+    agree = np.mean([a == b for a, b in zip(got, expected, strict=True)])
+    assert agree >= 0.75
 
 
 def test_tokens_and_lengths_are_no_reason_to_trace_again(llama):
