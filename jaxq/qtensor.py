@@ -10,7 +10,7 @@ from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 
 from jaxq.blocks import spread
-from jaxq.scales import load_scale
+from jaxq.scales import load_scale, rounded
 from jaxq.spec import QuantSpec
 from pallas_kernels import layouts
 
@@ -37,7 +37,7 @@ STATIC_FIELDS = (
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class QTensor:
-    """A quantized tensor: ``x ≈ (code − zero) · scale + offset``, times ``input_scale``.
+    """A quantized tensor: ``x ≈ ((code − zero) · scale + offset) · input_scale``.
 
     Every array has the rank of the tensor it stands for, and the static fields count
     axes from the end. So a leading axis (layers, experts, a batch) can be added or
@@ -142,7 +142,7 @@ class QTensor:
             values = values - spread(zeros, self.blocks, self.shape)
         values = values * spread(self.scale_values(), self.blocks, self.shape)
         if self.offset is not None:
-            values = values + self.offset
+            values = rounded(values) + self.offset
         if self.input_scale is not None:
             values = values * self.input_scale
         return values.astype(self.dtype if dtype is None else dtype)

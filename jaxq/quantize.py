@@ -42,26 +42,50 @@ class Blocking:
         """Return the blocks of ``spec`` on a tensor of ``shape``.
 
         Raises:
-            ValueError: when an axis is out of range, or the tensor is a scalar.
+            ValueError: when an axis is out of range or named twice, or the tensor is a
+                scalar or empty.
         """
         contracting = contracting_axes(spec, len(shape), axis)
+        if 0 in shape:
+            raise ValueError(
+                f"a tensor of shape {tuple(shape)} has no elements to quantize"
+            )
+        stacked = _normalized(stacked, len(shape), "stacked")
+        if set(stacked) & set(contracting):
+            raise ValueError(
+                f"stacked={stacked!r} overlaps the contracted axes {contracting}: an "
+                f"axis enumerates tensors or is summed over, not both"
+            )
         block = block_shape(spec.block, shape, contracting, stacked)
-        return cls(block, contracting, tuple(stacked))
+        return cls(block, contracting, stacked)
 
 
 def contracting_axes(spec: QuantSpec, ndim: int, axis: Axes) -> tuple[int, ...]:
-    """Return the contracted axes: as given, else -2 (kernels) or -1 (tokens, vectors)."""
+    """Return the contracted axes: as given, else -2 (kernels), -1 (tokens, vectors)."""
     if ndim == 0:
         raise ValueError("a scalar cannot be quantized: it has no axis to group along")
     if axis is None:
         axis = -1 if ndim == 1 or spec.block == "token" else -2
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    if not axes or any(not -ndim <= a < ndim for a in axes):
+    if not axes:
         raise ValueError(
-            f"axis={axis!r} does not name axes of a tensor of rank {ndim}: give axes "
-            f"in {-ndim}..{ndim - 1}"
+            f"axis={axis!r} names no axis: give one or more in {-ndim}..{ndim - 1}"
         )
-    return tuple(sorted(a % ndim for a in axes))
+    return _normalized(axes, ndim, "axis")
+
+
+def _normalized(axes: Sequence[int], ndim: int, name: str) -> tuple[int, ...]:
+    """Return distinct axes, ascending and counted from the front."""
+    if any(not -ndim <= a < ndim for a in axes):
+        given = axes[0] if name == "axis" and len(axes) == 1 else tuple(axes)
+        raise ValueError(
+            f"{name}={given!r} does not name axes of a tensor of rank {ndim}: give "
+            f"axes in {-ndim}..{ndim - 1}"
+        )
+    out = tuple(sorted({a % ndim for a in axes}))
+    if len(out) < len(axes):
+        raise ValueError(f"{name}={tuple(axes)!r} names an axis twice")
+    return out
 
 
 def block_bounds(x: jax.Array, block: Sequence[int]) -> Bounds:
@@ -218,7 +242,7 @@ def fake_quant(x: jax.Array, spec: QuantSpec, axis: Axes = None) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> fake_quant(jnp.asarray([0.0, 0.4, 1.0]), QuantSpec("int2", "tensor")).tolist()
+        >>> fake_quant(jnp.asarray([0.0, 0.4, 1.0]), QuantSpec("int2")).tolist()
         [0.0, 0.0, 1.0]
     """
     rounded = quantize(jax.lax.stop_gradient(x), spec, axis).dequantize()

@@ -33,9 +33,9 @@ def affine(
     fmt = spec.number_format
     if not spec.symmetric:
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-        scale = (high - low) / (fmt.highest - fmt.lowest)
+        scale = divide(high - low, fmt.highest - fmt.lowest)
         scale = round_scale(scale, spec)
-        zero = jnp.round(fmt.lowest - low / _nonzero(scale))
+        zero = jnp.round(fmt.lowest - divide(low, _nonzero(scale)))
         return scale, jnp.clip(zero, fmt.lowest, fmt.highest)
     largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
     if fmt.is_integer and fmt.lowest == 0:
@@ -44,11 +44,11 @@ def affine(
         exponent = jnp.floor(jnp.log2(jnp.float32(fmt.highest)))
         return power_of_two_floor(largest) * 2.0**-exponent, None
     if spec.grid == "gptq":
-        scale = 2 * largest / (2**fmt.bits - 1)
+        scale = divide(2 * largest, 2**fmt.bits - 1)
     elif spec.grid == "full":
         scale = jnp.where(jnp.abs(low) >= jnp.abs(high), low, high) / fmt.lowest
     else:
-        scale = largest / fmt.highest
+        scale = divide(largest, fmt.highest)
     return round_scale(scale, spec), None
 
 
@@ -93,6 +93,24 @@ def power_of_two_floor(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)
 
 
+def divide(x: jax.Array, y: jax.Array | float) -> jax.Array:
+    """Return ``x / y`` of float32, rounded once, compiled or not.
+
+    XLA turns a division by a constant or a broadcast into a product with the
+    reciprocal, which rounds twice. A divisor that seems to depend on ``x`` stays one.
+    """
+    return x / jnp.where(jnp.isnan(x), x, jnp.asarray(y, jnp.float32))
+
+
+def rounded(product: jax.Array) -> jax.Array:
+    """Return ``product`` as it is, but rounded before it is added to anything.
+
+    Compiled, a product that is only added would become a fused multiply-add, and differ
+    from the same thing run eagerly.
+    """
+    return jnp.where(jnp.isnan(product), jnp.float32(jnp.nan), product)
+
+
 def _nonzero(scale: jax.Array) -> jax.Array:
     """Return the scale to divide by: 1 where a block is all zeros."""
     return jnp.where(scale == 0, jnp.float32(1), scale)
@@ -106,7 +124,7 @@ def to_code_units(
     ``scale`` and ``zero`` are spread over (or broadcast with) ``x``. Division is exact:
     a reciprocal would drift by a rounding at ties.
     """
-    value = x.astype(jnp.float32) / _nonzero(scale)
+    value = divide(x.astype(jnp.float32), _nonzero(scale))
     if zero is not None:
         value = jnp.round(value) + zero.astype(jnp.float32)
     return jnp.clip(value, *spec.code_range)
