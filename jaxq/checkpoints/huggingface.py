@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SHARD_BYTES = 5 * 10**9
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -161,11 +162,13 @@ def write_folder(
     params: Mapping[str, Any],
     dtype: Any = None,
     extra: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a float model as a Hugging Face folder that transformers can load.
 
     Each file is written beside its place and renamed into it, the config last, so an
-    interrupted write leaves no folder that looks complete.
+    interrupted write leaves no folder that looks complete. Only one shard is copied at
+    a time.
 
     Args:
       folder: made where it is missing; files of the same name are replaced.
@@ -174,16 +177,25 @@ def write_folder(
       params: the tree that `slots` point into.
       dtype: what to convert to; None keeps each tensor's own.
       extra: the text of further files, such as `tokenizer.json`, by name.
+      shard_bytes: a file holds no more than this, unless one tensor does.
 
     Raises:
       CheckpointError: `params` lacks a leaf, or one has another shape than its slot.
       OSError: the disk is full or not writable; nothing half-written keeps its name.
     """
     folder = Path(folder)
+    leaves = {name: _leaf(params, name, slot) for name, slot in slots.items()}
+    shards = _split(leaves, dtype, shard_bytes)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: _export(params, name, slot, dtype) for name, slot in slots.items()}
-    with _replacing(folder / SINGLE) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+    names = [SINGLE] if len(shards) == 1 else _shard_names(len(shards))
+    for shard, names_of_shard in zip(names, shards, strict=True):
+        tensors = {n: _to_numpy(leaves[n], slots[n], dtype) for n in names_of_shard}
+        with _replacing(folder / shard) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+    if len(shards) > 1:
+        _write_index(folder, dict(zip(names, shards, strict=True)))
+    # What an earlier model left would be read in place of this one.
+    (folder / (INDEX if len(shards) == 1 else SINGLE)).unlink(missing_ok=True)
     for name, text in (extra or {}).items():
         with _replacing(folder / name) as partial:
             partial.write_text(text, "utf-8")
@@ -240,7 +252,7 @@ def _read_one(source: Any, path: Path, name: str, slot: Slot, dtype: Any) -> jax
     return jnp.asarray(np.ascontiguousarray(array, dtype=wanted))
 
 
-def _export(params: Mapping[str, Any], name: str, slot: Slot, dtype: Any) -> np.ndarray:
+def _leaf(params: Mapping[str, Any], name: str, slot: Slot) -> Any:
     leaf: Any = params
     for key in slot.path:
         if not isinstance(leaf, Mapping) or key not in leaf:
@@ -248,15 +260,45 @@ def _export(params: Mapping[str, Any], name: str, slot: Slot, dtype: Any) -> np.
                 f"params has no {'/'.join(slot.path)}, to be written as {name!r}"
             )
         leaf = leaf[key]
-    array = np.asarray(leaf)
-    array = array.T if slot.transposed else array
-    if array.shape != slot.shape:
+    shape = leaf.shape[::-1] if slot.transposed else leaf.shape
+    if shape != slot.shape:
         raise CheckpointError(
             f"params[{'/'.join(slot.path)}] would be written as {name!r} of shape "
-            f"{array.shape}, but the config makes it {slot.shape}"
+            f"{shape}, but the config makes it {slot.shape}"
         )
+    return leaf
+
+
+def _to_numpy(leaf: Any, slot: Slot, dtype: Any) -> np.ndarray:
+    array = np.asarray(leaf)
     wanted = array.dtype if dtype is None else jnp.dtype(dtype)
-    return np.ascontiguousarray(array, dtype=wanted)
+    return np.ascontiguousarray(array.T if slot.transposed else array, dtype=wanted)
+
+
+def _split(leaves: Mapping[str, Any], dtype: Any, limit: int) -> list[list[str]]:
+    """Groups names, in order, into shards of at most `limit` bytes."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, leaf in leaves.items():
+        size = leaf.size * jnp.dtype(leaf.dtype if dtype is None else dtype).itemsize
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
+def _write_index(folder: Path, shards: Mapping[str, list[str]]) -> None:
+    listed = {name: shard for shard, names in shards.items() for name in names}
+    total = sum((folder / shard).stat().st_size for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": listed}
+    with _replacing(folder / INDEX) as partial:
+        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _place(tree: dict[str, Any], path: tuple[str, ...], leaf: jax.Array) -> None:

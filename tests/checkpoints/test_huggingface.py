@@ -119,6 +119,24 @@ def test_write_then_read_is_the_identity(name, tmp_path):
     ]
 
 
+def test_a_large_model_is_written_in_shards(folder, tmp_path):
+    model = load_huggingface(folder)
+    slots = model.family.slots(model.config)
+    write = lambda limit: write_folder(
+        folder, model.hf_config, slots, model.params, shard_bytes=limit
+    )
+    write(10_000)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert not (folder / "model.safetensors").exists()
+    # A header of names and offsets comes on top of the tensors.
+    assert all(path.stat().st_size < 10_000 + 2_000 for path in shards)
+    assert_trees_equal(load_huggingface(folder).params, model.params)
+    write(10**9)
+    assert not (folder / "model.safetensors.index.json").exists()
+    assert_trees_equal(load_huggingface(folder).params, model.params)
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_other(folder, monkeypatch):
     model = load_huggingface(folder)
     before = (folder / "model.safetensors").read_bytes()
