@@ -26,11 +26,11 @@ class Sampling:
     """How the next token is drawn.
 
     Attributes:
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
-      top_k: draw among the k most likely tokens; None among all.
-      top_p: draw among the most likely tokens that together reach this probability
-        (nucleus sampling, arXiv:1904.09751); None among all.
-      seed: the same seed, prompts and model give the same text.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it.
+        top_k: draw among the k most likely tokens; None among all.
+        top_p: draw among the most likely tokens that together reach this probability
+            (nucleus sampling, arXiv:1904.09751); None among all.
+        seed: the same seed, prompts and model give the same text.
     """
 
     temperature: float = 0.0
@@ -59,24 +59,24 @@ def generate(
     sampling: Sampling = GREEDY,
     eos: tuple[int, ...] = (),
 ) -> list[list[int]]:
-    """Continues prompts of any lengths.
+    """Continue prompts of any lengths.
 
     Args:
-      apply: `apply(params, tokens, positions, cache) -> (logits, cache)`. Pass the same
-        function every time: another one is compiled anew.
-      params: its first argument.
-      config: of the model: `context` and what `empty_cache` reads.
-      prompts: token ids; each row's text is the one it would get alone.
-      max_new_tokens: at most so many tokens per prompt.
-      sampling: how tokens are drawn.
-      eos: tokens that end a text; they are not returned.
+        apply: `apply(params, tokens, positions, cache) -> (logits, cache)`. Pass the
+            same function every time: another one is compiled anew.
+        params: its first argument.
+        config: of the model: `context` and what `empty_cache` reads.
+        prompts: token ids; each row's text is the one it would get alone.
+        max_new_tokens: at most so many tokens per prompt.
+        sampling: how tokens are drawn.
+        eos: tokens that end a text; they are not returned.
 
     Returns:
-      The new tokens of each prompt.
+        The new tokens of each prompt.
 
     Raises:
-      ValueError: a prompt is empty, holds no token ids, or is longer with its new
-        tokens than the model's context.
+        ValueError: a prompt is empty, holds no token ids, or is longer with its new
+            tokens than the model's context.
     """
     texts: list[list[int]] = [[] for _ in prompts]
     steps = stream(apply, params, config, prompts, max_new_tokens, sampling, eos)
@@ -96,7 +96,7 @@ def stream(
     sampling: Sampling = GREEDY,
     eos: tuple[int, ...] = (),
 ) -> Iterator[np.ndarray]:
-    """Yields the next token of every prompt, `int32[prompts]`, as they are made.
+    """Yield the next token of every prompt, `int32[prompts]`, as they are made.
 
     A row that has ended yields `NOTHING`; the stream ends when all have. Arguments and
     errors are those of `generate`.
@@ -123,7 +123,7 @@ def stream(
 
 
 def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns tokens and positions, both `int32[prompts, length]`, padded on the right.
+    """Return tokens and positions, both `int32[prompts, length]`, padded on the right.
 
     Padding has the position that nothing attends to, so it does not matter where it is
     nor which token stands there.
@@ -144,7 +144,7 @@ def _prefill(
     positions: jax.Array,
     cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads the prompts; returns the logits after each one's last token."""
+    """Read the prompts; return the logits after each one's last token."""
     logits, cache = apply(params, tokens, positions, cache)
     last = jnp.argmax(positions, axis=1)[:, None, None]
     return jnp.take_along_axis(logits, last, axis=1)[:, 0], cache
@@ -158,7 +158,7 @@ def _step(
     positions: jax.Array,
     cache: KVCache,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads one token per row; returns the logits after it."""
+    """Read one token per row; return the logits after it."""
     logits, cache = apply(params, tokens[:, None], positions[:, None], cache)
     return logits[:, 0], cache
 
@@ -167,7 +167,7 @@ def _step(
 def _draw(
     logits: jax.Array, step: jax.Array, knobs: dict[str, jax.Array], greedy: bool
 ) -> jax.Array:
-    """Draws a token per row of `float32[rows, vocab]`, each by its index."""
+    """Draw a token per row of `float32[rows, vocab]`, each by its index."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     order = jnp.argsort(-logits, axis=-1)
@@ -186,7 +186,7 @@ def _draw(
 
 
 def _knobs(sampling: Sampling) -> dict[str, jax.Array]:
-    """Returns the sampling settings as arrays, so that new values need no new trace."""
+    """Return the sampling settings as arrays, so that new values need no new trace."""
     everything = np.iinfo(np.int32).max
     return {
         "temperature": jnp.float32(sampling.temperature),
@@ -197,12 +197,12 @@ def _knobs(sampling: Sampling) -> dict[str, jax.Array]:
 
 
 def _bucket(length: int, smallest: int) -> int:
-    """Returns the power of two that `length` is padded to, from `smallest` on."""
+    """Return the power of two that `length` is padded to, from `smallest` on."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
 def _cache_dtype(params: Any) -> Any:
-    """Returns the dtype of the parameters where all floats agree, else float32."""
+    """Return the dtype of the parameters where all floats agree, else float32."""
     leaves = [x.dtype for x in jax.tree.leaves(params)]
     floats = {dtype for dtype in leaves if jnp.issubdtype(dtype, jnp.floating)}
     return floats.pop() if len(floats) == 1 else jnp.float32
@@ -211,7 +211,7 @@ def _cache_dtype(params: Any) -> Any:
 def _check(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, config: Any
 ) -> list[int]:
-    """Returns the lengths of prompts that can be continued; refuses others."""
+    """Return the lengths of prompts that can be continued; refuses others."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
     if not prompts:

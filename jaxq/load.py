@@ -22,13 +22,13 @@ class HuggingFaceModel:
     """What a Hugging Face folder holds.
 
     Attributes:
-      family: the architecture.
-      config: its shape.
-      module: the Flax module; `module.apply(params, tokens) -> logits`.
-      params: its variables, `{"params": {...}}`.
-      tokenizer: None where the folder has no `tokenizer.json`.
-      hf_config: `config.json` as written.
-      generation: `generation_config.json` as written; empty where there is none.
+        family: the architecture.
+        config: its shape.
+        module: the Flax module; `module.apply(params, tokens) -> logits`.
+        params: its variables, `{"params": {...}}`.
+        tokenizer: None where the folder has no `tokenizer.json`.
+        hf_config: `config.json` as written.
+        generation: `generation_config.json` as written; empty where there is none.
     """
 
     family: Family
@@ -49,19 +49,19 @@ class HuggingFaceModel:
 
 
 def load_huggingface(folder: str | Path, dtype: Any = None) -> HuggingFaceModel:
-    """Loads a float model from a Hugging Face folder, tensor by tensor.
+    """Load a float model from a Hugging Face folder, tensor by tensor.
 
     Args:
-      folder: holds `config.json` and safetensors, sharded or not.
-      dtype: of the parameters; None keeps the checkpoint's. The model computes in the
-        dtype of its parameters.
+        folder: holds `config.json` and safetensors, sharded or not.
+        dtype: of the parameters; None keeps the checkpoint's. The model computes in the
+            dtype of its parameters.
 
     Raises:
-      FileNotFoundError: the folder, its config or some of its weights are missing.
-      ConfigError: the config asks for something that is not implemented.
-      UnknownNameError: the architecture is not known.
-      CheckpointError: a file is damaged or does not fit the config, or the model is
-        quantized already.
+        FileNotFoundError: the folder, its config or some of its weights are missing.
+        ConfigError: the config asks for something that is not implemented.
+        UnknownNameError: the architecture is not known.
+        CheckpointError: a file is damaged or does not fit the config, or the model is
+            quantized already.
     """
     hf_config = read_config(folder)
     if hf_config.get("quantization_config"):
@@ -86,10 +86,10 @@ def load_huggingface(folder: str | Path, dtype: Any = None) -> HuggingFaceModel:
 
 
 def read_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """Reads `tokenizer.json`; None where there is none.
+    """Read `tokenizer.json`; None where there is none.
 
     Raises:
-      CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged.
     """
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():

@@ -46,11 +46,11 @@ class Slot(Protocol):
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """Reads `config.json`.
+    """Read `config.json`.
 
     Raises:
-      FileNotFoundError: there is no such folder, or no `config.json` in it.
-      CheckpointError: it is no JSON object.
+        FileNotFoundError: there is no such folder, or no `config.json` in it.
+        CheckpointError: it is no JSON object.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -66,10 +66,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
-      CheckpointError: the file holds something else.
+        CheckpointError: the file holds something else.
     """
     try:
         parsed = json.loads(path.read_text("utf-8"))
@@ -86,21 +86,21 @@ def read_tensors(
     dtype: Any = None,
     ignore: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Reads a checkpoint into a tree of arrays.
+    """Read a checkpoint into a tree of arrays.
 
     Args:
-      folder: holds `model.safetensors`, or shards and their index.
-      slots: every tensor to read by its name in the checkpoint, and where it goes.
-      dtype: what to convert to; None keeps each tensor's own.
-      ignore: endings of names that may be there and are not read.
+        folder: holds `model.safetensors`, or shards and their index.
+        slots: every tensor to read by its name in the checkpoint, and where it goes.
+        dtype: what to convert to; None keeps each tensor's own.
+        ignore: endings of names that may be there and are not read.
 
     Returns:
-      Nested dicts by the paths of `slots`.
+        Nested dicts by the paths of `slots`.
 
     Raises:
-      FileNotFoundError: there are no safetensors, or a shard is missing.
-      CheckpointError: a file is damaged, a tensor is missing, unexpected, of another
-        shape than its slot or no float.
+        FileNotFoundError: there are no safetensors, or a shard is missing.
+        CheckpointError: a file is damaged, a tensor is missing, unexpected, of another
+            shape than its slot or no float.
     """
     files = locate(folder)
     _compare_names(Path(folder), set(files), set(slots), ignore)
@@ -117,11 +117,11 @@ def read_tensors(
 
 
 def locate(folder: str | Path) -> dict[str, Path]:
-    """Returns the file that holds each tensor of a checkpoint.
+    """Return the file that holds each tensor of a checkpoint.
 
     Raises:
-      FileNotFoundError: there are no safetensors, or a shard is missing.
-      CheckpointError: a file is damaged, or the index does not agree with the shards.
+        FileNotFoundError: there are no safetensors, or a shard is missing.
+        CheckpointError: a file is damaged, or the index does not agree with the shards.
     """
     folder = Path(folder)
     if (folder / SINGLE).is_file():
@@ -164,24 +164,24 @@ def write_folder(
     extra: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a float model as a Hugging Face folder that transformers can load.
+    """Write a float model as a Hugging Face folder that transformers can load.
 
     Each file is written beside its place and renamed into it, the config last, so an
     interrupted write leaves no folder that looks complete. Only one shard is copied at
     a time.
 
     Args:
-      folder: made where it is missing; files of the same name are replaced.
-      config: what goes into `config.json`.
-      slots: the checkpoint's tensors, as for `read_tensors`.
-      params: the tree that `slots` point into.
-      dtype: what to convert to; None keeps each tensor's own.
-      extra: the text of further files, such as `tokenizer.json`, by name.
-      shard_bytes: a file holds no more than this, unless one tensor does.
+        folder: made where it is missing; files of the same name are replaced.
+        config: what goes into `config.json`.
+        slots: the checkpoint's tensors, as for `read_tensors`.
+        params: the tree that `slots` point into.
+        dtype: what to convert to; None keeps each tensor's own.
+        extra: the text of further files, such as `tokenizer.json`, by name.
+        shard_bytes: a file holds no more than this, unless one tensor does.
 
     Raises:
-      CheckpointError: `params` lacks a leaf, or one has another shape than its slot.
-      OSError: the disk is full or not writable; nothing half-written keeps its name.
+        CheckpointError: `params` lacks a leaf, or one has another shape than its slot.
+        OSError: the disk is full or not writable; nothing half-written keeps its name.
     """
     folder = Path(folder)
     leaves = {name: _leaf(params, name, slot) for name, slot in slots.items()}
@@ -205,7 +205,7 @@ def write_folder(
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Yields a name to write to; renames it to `path` once that went well."""
+    """Yield a name to write to; rename it to `path` once that went well."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.touch()
@@ -221,7 +221,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Yields the open safetensors file; says which one is damaged."""
+    """Yield the open safetensors file; say which one is damaged."""
     try:
         with safe_open(path, framework="np") as source:
             yield source
@@ -276,7 +276,7 @@ def _to_numpy(leaf: Any, slot: Slot, dtype: Any) -> np.ndarray:
 
 
 def _split(leaves: Mapping[str, Any], dtype: Any, limit: int) -> list[list[str]]:
-    """Groups names, in order, into shards of at most `limit` bytes."""
+    """Group names, in order, into shards of at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, leaf in leaves.items():

@@ -29,10 +29,10 @@ class KVCache:
     """Keys and values of the tokens a model has seen.
 
     Attributes:
-      layers: one `LayerCache` per decoder layer.
-      positions: `int32[batch, slots]`; `PADDING` where a slot is empty or padding.
-      start: `int32[]`, the slot at which the latest tokens were written.
-      end: `int32[]`, the first free slot.
+        layers: one `LayerCache` per decoder layer.
+        positions: `int32[batch, slots]`; `PADDING` where a slot is empty or padding.
+        start: `int32[]`, the slot at which the latest tokens were written.
+        end: `int32[]`, the first free slot.
     """
 
     layers: tuple[LayerCache, ...]
@@ -47,13 +47,13 @@ class KVCache:
 
 
 def empty_cache(config: Any, batch: int, slots: int, dtype: Any) -> KVCache:
-    """Returns a cache with room for `slots` tokens in each of `batch` rows.
+    """Return a cache with room for `slots` tokens in each of `batch` rows.
 
     Args:
-      config: of the model: `num_layers`, `num_kv_heads` and `head_dim` are read.
-      batch: rows.
-      slots: tokens per row, padding included.
-      dtype: of keys and values.
+        config: of the model: `num_layers`, `num_kv_heads` and `head_dim` are read.
+        batch: rows.
+        slots: tokens per row, padding included.
+        dtype: of keys and values.
     """
     shape = (batch, slots, config.num_kv_heads, config.head_dim)
     layers = tuple(
@@ -65,7 +65,7 @@ def empty_cache(config: Any, batch: int, slots: int, dtype: Any) -> KVCache:
 
 
 def append(cache: KVCache, positions: jax.Array) -> KVCache:
-    """Reserves the next slots for tokens at `positions[batch, tokens]`.
+    """Reserve the next slots for tokens at `positions[batch, tokens]`.
 
     The caller sees to it that they fit: a slice beyond the end would be moved back by
     XLA and overwrite older tokens.
@@ -81,7 +81,7 @@ def append(cache: KVCache, positions: jax.Array) -> KVCache:
 def write(
     layer: LayerCache, keys: jax.Array, values: jax.Array, at: jax.Array
 ) -> LayerCache:
-    """Returns `layer` with `keys` and `values` in the slots from `at` on."""
+    """Return `layer` with `keys` and `values` in the slots from `at` on."""
     zero = jnp.int32(0)
     corner = (zero, at, zero, zero)
     put = jax.lax.dynamic_update_slice

@@ -21,9 +21,9 @@ class Slot(NamedTuple):
     """Where a checkpoint's tensor goes.
 
     Attributes:
-      path: in the variables, `("params", "layers_0", "self_attn", "q_proj", "kernel")`.
-      shape: in the checkpoint, where a matmul's weight is `[out, in]`.
-      transposed: the variable is the tensor transposed.
+        path: in the variables, `("params", "layers_0", "mlp", "up_proj", "kernel")`.
+        shape: in the checkpoint, where a matmul's weight is `[out, in]`.
+        transposed: the variable is the tensor transposed.
     """
 
     path: tuple[str, ...]
@@ -36,11 +36,11 @@ class Family:
     """One architecture.
 
     Attributes:
-      name: Hugging Face's `model_type`.
-      architecture: Hugging Face's class, as `architectures` lists it.
-      read_switches: reads what distinguishes it; returns arguments of `LlamaConfig`.
-      defaults: what Hugging Face takes where a key of the config is missing.
-      module: the Flax module class, called as `module(config, dtype)`.
+        name: Hugging Face's `model_type`.
+        architecture: Hugging Face's class, as `architectures` lists it.
+        read_switches: reads what distinguishes it; returns arguments of `LlamaConfig`.
+        defaults: what Hugging Face takes where a key of the config is missing.
+        module: the Flax module class, called as `module(config, dtype)`.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Family:
     module: Callable[..., nn.Module] = Llama
 
     def read_config(self, config: Mapping[str, Any]) -> LlamaConfig:
-        """Translates a parsed `config.json`.
+        """Translate a parsed `config.json`.
 
         Raises:
-          ConfigError: a size is missing or senseless, or a key asks for something that
-            is not implemented or not known.
+            ConfigError: a size is missing or senseless, or a key asks for what
+                is not implemented or not known.
         """
         keys = Keys(config, self.name, self.defaults)
         vocab, hidden, intermediate, layers, heads = (keys.size(k) for k in SIZES)
@@ -86,7 +86,7 @@ class Family:
         return read
 
     def abstract(self, config: LlamaConfig, dtype: Any = jnp.float32) -> Any:
-        """Returns the variables as `ShapeDtypeStruct`s, without making any."""
+        """Return the variables as `ShapeDtypeStruct`s, without making any."""
         module = self.module(config)
         tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -94,7 +94,7 @@ class Family:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables)
 
     def slots(self, config: LlamaConfig) -> dict[str, Slot]:
-        """Returns the checkpoint's tensors by name, and where each one goes."""
+        """Return the checkpoint's tensors by name, and where each one goes."""
         leaves, _ = jax.tree_util.tree_flatten_with_path(self.abstract(config))
         slots = {}
         for keys, leaf in leaves:
@@ -106,7 +106,7 @@ class Family:
 
 
 def checkpoint_name(path: tuple[str, ...]) -> str:
-    """Returns what Hugging Face calls the variable at `path`.
+    """Return what Hugging Face calls the variable at `path`.
 
     >>> checkpoint_name(("params", "layers_3", "self_attn", "q_proj", "kernel"))
     'model.layers.3.self_attn.q_proj.weight'
@@ -118,11 +118,11 @@ def checkpoint_name(path: tuple[str, ...]) -> str:
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """Returns the family of a parsed `config.json`, by `architectures` or `model_type`.
+    """Return the family of a parsed `config.json`, by `architectures` or `model_type`.
 
     Raises:
-      UnknownNameError: the architecture is not known; says which are.
-      ConfigError: the config names no architecture.
+        UnknownNameError: the architecture is not known; says which are.
+        ConfigError: the config names no architecture.
     """
     named = config.get("architectures") or []
     for family in FAMILIES.values():
@@ -171,7 +171,7 @@ def _qwen3(keys: Keys, layers: int) -> dict[str, Any]:
 
 
 def _qwen_windows(keys: Keys, layers: int) -> tuple[int | None, ...]:
-    """Reads which layers see a window: a list of them, or all from a layer on."""
+    """Read which layers see a window: a list of them, or all from a layer on."""
     keys.require("use_mrope", False)
     window = keys.given("sliding_window")
     if not keys.get("use_sliding_window", False):

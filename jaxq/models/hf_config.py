@@ -1,4 +1,4 @@
-"""Reads a Hugging Face `config.json` strictly: a key that is not understood is refused.
+"""Read a Hugging Face `config.json` strictly: a key that is not understood is refused.
 
 A key nobody reads may still change the computation, and a model that computes something
 else is worse than one that does not load. So every key is read, or listed as harmless,
@@ -104,9 +104,9 @@ class Keys:
     """A config of which every key must be asked for.
 
     Attributes:
-      config: the parsed `config.json`.
-      family: whose config it is; for messages.
-      defaults: what Hugging Face takes where a key is missing.
+        config: the parsed `config.json`.
+        family: whose config it is; for messages.
+        defaults: what Hugging Face takes where a key is missing.
     """
 
     config: Mapping[str, Any]
@@ -115,21 +115,21 @@ class Keys:
     seen: set[str] = field(default_factory=set)
 
     def get(self, key: str, otherwise: Any = None) -> Any:
-        """Returns the value of `key`, or its default where it is missing or null."""
+        """Return the value of `key`, or its default where it is missing or null."""
         self.seen.add(key)
         value = self.config.get(key)
         return self.defaults.get(key, otherwise) if value is None else value
 
     def given(self, key: str) -> Any:
-        """Returns the value of `key` as written: null stays None; else the default."""
+        """Return the value of `key` as written: null stays None; else the default."""
         self.seen.add(key)
         return self.config.get(key, self.defaults.get(key))
 
     def size(self, key: str, otherwise: int | None = None) -> int:
-        """Returns a positive integer.
+        """Return a positive integer.
 
         Raises:
-          ConfigError: it is missing, or no positive integer.
+            ConfigError: it is missing, or no positive integer.
         """
         value = self.get(key, otherwise)
         if value is None:
@@ -144,10 +144,10 @@ class Keys:
         return value
 
     def require(self, key: str, *allowed: Any) -> None:
-        """Refuses values of `key` other than those implemented; missing is fine.
+        """Refuse values of `key` other than those implemented; missing is fine.
 
         Raises:
-          ConfigError: the value is another.
+            ConfigError: the value is another.
         """
         value = self.given(key)
         if value is not None and value not in allowed:
@@ -158,10 +158,10 @@ class Keys:
             )
 
     def refuse_unread(self) -> None:
-        """Refuses keys that nobody read.
+        """Refuse keys that nobody read.
 
         Raises:
-          ConfigError: there are some whose value is not null.
+            ConfigError: there are some whose value is not null.
         """
         unread = sorted(
             key
@@ -178,13 +178,13 @@ class Keys:
 
 
 def read_rope(keys: Keys, context: int) -> Rope:
-    """Reads the rotary settings in the spelling of transformers 4 or 5.
+    """Read the rotary settings in the spelling of transformers 4 or 5.
 
     transformers 4 wrote `rope_theta` and `rope_scaling: {"type" | "rope_type": ...}`;
     5 writes one `rope_parameters: {"rope_type": ..., "rope_theta": ...}`.
 
     Raises:
-      ConfigError: a scaling that is not implemented, or one with unknown settings.
+        ConfigError: a scaling that is not implemented, or one with unknown settings.
     """
     theta = keys.get("rope_theta", 10_000.0)
     written = keys.get("rope_parameters") or keys.get("rope_scaling") or {}

@@ -40,24 +40,24 @@ class LlamaConfig:
     """The shape of a Llama-like model; what a family's switches turn on.
 
     Attributes:
-      vocab_size: rows of the embedding.
-      hidden_size: width of the residual stream.
-      intermediate_size: width of the gated feed-forward layer.
-      num_layers: decoder layers.
-      num_heads: query heads.
-      num_kv_heads: key and value heads; divides `num_heads`.
-      head_dim: width of one head.
-      context: tokens the model was made for.
-      norm_eps: added to the mean square in every norm.
-      rope: rotary angles.
-      tied: the head is the embedding transposed.
-      qkv_bias: biases on the query, key and value projections.
-      output_bias: a bias on attention's output projection.
-      mlp_bias: biases in the feed-forward layer.
-      qk_norm: an RMS norm over every query and key head (Qwen3).
-      windows: per layer, how many tokens back attention sees; None sees all. An
-        empty tuple is None for every layer.
-      init_scale: standard deviation of fresh weights.
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the gated feed-forward layer.
+        num_layers: decoder layers.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; divides `num_heads`.
+        head_dim: width of one head.
+        context: tokens the model was made for.
+        norm_eps: added to the mean square in every norm.
+        rope: rotary angles.
+        tied: the head is the embedding transposed.
+        qkv_bias: biases on the query, key and value projections.
+        output_bias: a bias on attention's output projection.
+        mlp_bias: biases in the feed-forward layer.
+        qk_norm: an RMS norm over every query and key head (Qwen3).
+        windows: per layer, how many tokens back attention sees; None sees all. An
+            empty tuple is None for every layer.
+        init_scale: standard deviation of fresh weights.
     """
 
     vocab_size: int
@@ -79,7 +79,7 @@ class LlamaConfig:
     init_scale: float = 0.02
 
     def window(self, layer: int) -> int | None:
-        """Returns how many tokens back the attention of `layer` sees; None is all."""
+        """Return how many tokens back the attention of `layer` sees; None is all."""
         return self.windows[layer] if self.windows else None
 
 
@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the normalized `x[..., width]`, in its dtype."""
+        """Return the normalized `x[..., width]`, in its dtype."""
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         square = jnp.mean(wide * wide, axis=-1, keepdims=True)
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         key_positions: jax.Array,
         cache: tuple[LayerCache, jax.Array] | None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends from `x[B, T, hidden]` to itself, or to the cache it is added to."""
+        """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
         q = self._heads(x, "q_proj", cfg.num_heads)
         k = self._heads(x, "k_proj", cfg.num_kv_heads)
@@ -160,7 +160,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the feed-forward output for `x[B, T, hidden]`."""
+        """Return the feed-forward output for `x[B, T, hidden]`."""
         cfg = self.config
         gate = self._dense(cfg.intermediate_size, "gate_proj")(x)
         up = self._dense(cfg.intermediate_size, "up_proj")(x)
@@ -193,7 +193,7 @@ class DecoderLayer(nn.Module):
         key_positions: jax.Array,
         cache: tuple[LayerCache, jax.Array] | None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Returns the stream `[B, T, hidden]` after this layer, and its cache."""
+        """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         eps = self.config.norm_eps
         attention = Attention(
             self.config, self.window, self.dtype, self.dot_general, name="self_attn"
@@ -210,10 +210,10 @@ class Llama(nn.Module):
     """Token ids in, logits out.
 
     Attributes:
-      config: the shape.
-      dtype: what matmuls compute in; None is the dtype of the parameters. Norms,
-        rotations and the softmax are float32 in any case.
-      dot_general: the projections' matmul, for training with another gradient.
+        config: the shape.
+        dtype: what matmuls compute in; None is the dtype of the parameters. Norms,
+            rotations and the softmax are float32 in any case.
+        dot_general: the projections' matmul, for training with another gradient.
     """
 
     config: LlamaConfig
@@ -227,16 +227,16 @@ class Llama(nn.Module):
         positions: jax.Array | None = None,
         cache: KVCache | None = None,
     ) -> Any:
-        """Computes the logits of the token after every given token.
+        """Compute the logits of the token after every given token.
 
         Args:
-          tokens: `int[B, T]`.
-          positions: `int[B, T]`, where a negative position marks padding, which
-            nothing attends to; None is `0 .. T-1`.
-          cache: keys and values of earlier tokens, to which these are added.
+            tokens: `int[B, T]`.
+            positions: `int[B, T]`, where a negative position marks padding, which
+                nothing attends to; None is `0 .. T-1`.
+            cache: keys and values of earlier tokens, to which these are added.
 
         Returns:
-          `float32[B, T, vocab]`; with a cache, that and the longer cache.
+            `float32[B, T, vocab]`; with a cache, that and the longer cache.
         """
         cfg = self.config
         if positions is None:
@@ -292,7 +292,7 @@ class Llama(nn.Module):
 def visible(
     positions: jax.Array, key_positions: jax.Array, window: int | None
 ) -> jax.Array:
-    """Returns `bool[B, T, S]`: which key each query may see.
+    """Return `bool[B, T, S]`: which key each query may see.
 
     A key is seen when it is no padding, not in the future, and less than `window`
     tokens back.
@@ -303,16 +303,16 @@ def visible(
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Computes `softmax(q k^T / sqrt(d)) v` where query heads share key heads.
+    """Compute `softmax(q k^T / sqrt(d)) v` where query heads share key heads.
 
     Args:
-      q: `[B, T, heads, d]`.
-      k: `[B, S, kv_heads, d]`; query head `h` uses key head `h // (heads / kv_heads)`.
-      v: `[B, S, kv_heads, d]`.
-      mask: `bool[B, T, S]`.
+        q: `[B, T, heads, d]`.
+        k: `[B, S, kv_heads, d]`; query head `h` uses `h // (heads / kv_heads)`.
+        v: `[B, S, kv_heads, d]`.
+        mask: `bool[B, T, S]`.
 
     Returns:
-      `[B, T, heads, d]`. A query that may see nothing gets a finite, meaningless row.
+        `[B, T, heads, d]`. A query that may see nothing gets a finite, meaningless row.
     """
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)

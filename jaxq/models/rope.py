@@ -16,16 +16,16 @@ class Rope:
     `frequency[i] = theta ** (-2 i / d)` before the scaling that `kind` names.
 
     Attributes:
-      theta: the base of the geometric series of wavelengths.
-      kind: a key of `BENDS`; the fields below matter for the kinds they name.
-      factor: linear, llama3, yarn: how many times longer the context became.
-      low_freq_factor: llama3: wavelengths above `original_context / this` stretch.
-      high_freq_factor: llama3: wavelengths below `original_context / this` stay.
-      original_context: llama3, yarn: tokens the model was first trained on.
-      beta_fast: yarn: pairs that turn more often than this in that context are kept.
-      beta_slow: yarn: pairs that turn less often than this are stretched.
-      truncate: yarn: the bounds of the ramp are rounded to whole pairs.
-      amplitude: what cos and sin are multiplied by; yarn's attention factor.
+        theta: the base of the geometric series of wavelengths.
+        kind: a key of `BENDS`; the fields below matter for the kinds they name.
+        factor: linear, llama3, yarn: how many times longer the context became.
+        low_freq_factor: llama3: wavelengths above `original_context / this` stretch.
+        high_freq_factor: llama3: wavelengths below `original_context / this` stay.
+        original_context: llama3, yarn: tokens the model was first trained on.
+        beta_fast: yarn: pairs that turn more often than this in that context are kept.
+        beta_slow: yarn: pairs that turn less often than this are stretched.
+        truncate: yarn: the bounds of the ramp are rounded to whole pairs.
+        amplitude: what cos and sin are multiplied by; yarn's attention factor.
     """
 
     theta: float = 10_000.0
@@ -41,25 +41,25 @@ class Rope:
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Returns radians per position, `float32[head_dim // 2]`."""
+    """Return radians per position, `float32[head_dim // 2]`."""
     plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     return BENDS[rope.kind](rope, plain).astype(np.float32)
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates heads by their positions.
+    """Rotate heads by their positions.
 
     `(a, b) -> (a cos - b sin, b cos + a sin)` where `a` and `b` are the two halves of a
     head: the pairing of Hugging Face's Llama, not the interleaved one of the paper
     (arXiv:2104.09864).
 
     Args:
-      x: `[batch, tokens, heads, head_dim]`.
-      positions: `int[batch, tokens]`.
-      rope: the angles.
+        x: `[batch, tokens, heads, head_dim]`.
+        positions: `int[batch, tokens]`.
+        rope: the angles.
 
     Returns:
-      The rotated heads, in the dtype of `x`; the arithmetic is float32.
+        The rotated heads, in the dtype of `x`; the arithmetic is float32.
     """
     angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, x.shape[-1])
     gain = jnp.float32(rope.amplitude)
