@@ -65,7 +65,8 @@ def dequantize(q: QTensor) -> np.ndarray:
         values = values - spread(np.asarray(q.zeros, np.float64), block, codes.shape)
     values = values * spread(scale_values(q), block, codes.shape)
     if q.offset is not None:
-        values = values + np.asarray(q.offset, np.float64)
+        # the product is rounded to float32 before the offset is added
+        values = values.astype(np.float32) + np.asarray(q.offset, np.float64)
     if q.input_scale is not None:
         values = values * np.asarray(q.input_scale, np.float64)
     return values
