@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def new_folder(
-    target: Path, may_replace: Callable[[Path], None] | None = None
+    target: Path, needed: int, may_replace: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that takes its place once all went well.
 
@@ -27,6 +28,7 @@ def new_folder(
 
     Args:
         target: where the folder shall be; an empty folder there is no obstacle.
+        needed: about how many bytes it will have, for messages.
         may_replace: called with an existing target, raises if it must not be replaced;
             None: no target may.
 
@@ -41,6 +43,7 @@ def new_folder(
     temporary = _beside(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _check_room(target.parent, needed)
         temporary.mkdir()
         yield temporary
         _sync(temporary)
@@ -50,7 +53,8 @@ def new_folder(
     except CheckpointError:
         raise
     except OSError as error:
-        raise _write_error(target, error) from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _write_error(target, needed, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -69,14 +73,21 @@ def _refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
     may_replace(target)
 
 
-def _write_error(target: Path, error: OSError) -> WriteError:
+def _check_room(parent: Path, needed: int) -> None:
+    """Fail before an hour of writing rather than after it, where the disk says so."""
+    disk = shutil.disk_usage(parent)
+    if disk.total and disk.free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write_error(target: Path, needed: int, error: OSError) -> WriteError:
     place = next(p for p in target.parents if p.exists())
     free = shutil.disk_usage(place).free
     return WriteError(
         error.errno,
-        f"could not write {target}: {error.strerror or error} ({free:,} bytes are free "
-        "there). What was there before is untouched, and nothing partial is left; make "
-        "room, or save elsewhere",
+        f"could not write {target}: {error.strerror or error}. It needs about "
+        f"{needed:,} bytes, and {free:,} are free there. What was there before is "
+        "untouched, and nothing partial is left; make room, or save elsewhere",
     )
 
 

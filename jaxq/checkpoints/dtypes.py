@@ -37,8 +37,6 @@ SAFETENSORS_NAMES: dict[str, str | None] = {
     "complex64": None,
     "complex128": None,
 }
-# One byte each in host memory; not every store knows them, so they travel widened.
-WIDENED = {"int4": "int8", "int2": "int8", "uint4": "uint8", "uint2": "uint8"}
 
 
 def parse_dtype(name: str, where: str) -> np.dtype:

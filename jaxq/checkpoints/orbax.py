@@ -1,23 +1,45 @@
 """The backend for sharded trees: every device writes and reads its own part."""
 
+import errno
 import logging
+import os
+import shutil
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxq.checkpoints import placement
 from jaxq.checkpoints.data_files import check_contents, fingerprint
-from jaxq.checkpoints.dtypes import WIDENED
 from jaxq.checkpoints.errors import CheckpointError, CorruptError, MismatchError
 from jaxq.checkpoints.manifest import DataFile, Manifest
 
 FOLDER = "arrays"
+# What not every TensorStore knows is stored as something that holds the same values
+# (below a byte) or the same bits (other 8-bit floats); the manifest knows what it was.
+WIDENED = {
+    "int2": "int8",
+    "int4": "int8",
+    "uint2": "uint8",
+    "uint4": "uint8",
+    "float4_e2m1fn": "float8_e4m3fn",
+}
+VIEWED = (
+    "float8_e3m4",
+    "float8_e4m3",
+    "float8_e4m3b11fnuz",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
 
 
 def write(
@@ -36,7 +58,7 @@ def write(
     """
     ocp = _orbax()
     stored = {
-        name: arrays[name].astype(_stored_dtype(tensor))
+        name: _convert(arrays[name], _stored_dtype(tensor))
         for name, tensor in manifest.tensors()
         if _has_numbers(tensor)
     }
@@ -45,9 +67,13 @@ def write(
     args = ocp.args.PyTreeSave(stored, ocdbt_target_data_file_size=shard_bytes)
     with _quiet(), _checkpointer(ocp) as checkpointer:
         try:
-            checkpointer.save(folder / FOLDER, args=args)
-        except (ValueError, RuntimeError) as error:  # how tensorstore says: no room
-            raise OSError(None, f"Orbax: {_first_line(error)}") from error
+            _interruptible(lambda: checkpointer.save(folder / FOLDER, args=args))
+        except (ValueError, RuntimeError) as error:  # how TensorStore says: no room
+            _settle(folder)
+            full = "RESOURCE_EXHAUSTED" in str(error)
+            code = errno.ENOSPC if full else errno.EIO
+            reason = f"{os.strerror(code)} (Orbax: {_first_line(error)})"
+            raise OSError(code, reason) from error
     return {
         path.relative_to(folder).as_posix(): fingerprint(path)
         for path in sorted((folder / FOLDER).rglob("*"))
@@ -90,7 +116,7 @@ def read(
         args = ocp.args.PyTreeRestore(restore_args=restore)
         restored = checkpointer.restore(folder / FOLDER, args=args)
     for name, array in restored.items():
-        arrays[name] = array.astype(wanted[name].dtype)
+        arrays[name] = _convert(array, np.dtype(wanted[name].dtype))
     return arrays
 
 
@@ -123,6 +149,30 @@ def _checkpointer(ocp: Any) -> Iterator[Any]:
         yield checkpointer
     finally:
         checkpointer.close()
+
+
+def _interruptible(save: Callable[[], object]) -> None:
+    """Call ``save``; if Ctrl-C comes meanwhile, raise once nothing writes any more.
+
+    Orbax writes from threads of its own, which an exception here does not stop: they
+    would make the folder again after it was removed.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(save).result()
+
+
+def _settle(folder: Path, calm: float = 0.5, patience: float = 30) -> None:
+    """Remove a folder until nobody makes it again for ``calm`` seconds.
+
+    After one write failed, TensorStore's threads still go through the others.
+    """
+    end = time.monotonic() + patience
+    last = time.monotonic()
+    while time.monotonic() < min(last + calm, end):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            last = time.monotonic()
+        time.sleep(calm / 10)
 
 
 @contextmanager
@@ -193,8 +243,21 @@ def _restore_args(ocp: Any, tensor: jax.ShapeDtypeStruct, place: Sharding) -> An
 
 
 def _stored_dtype(tensor: jax.ShapeDtypeStruct) -> np.dtype:
-    """Return the dtype on disk: 4- and 2-bit integers are stored as bytes."""
-    return np.dtype(WIDENED.get(tensor.dtype.name, tensor.dtype))
+    """Return the dtype on disk."""
+    name = np.dtype(tensor.dtype).name
+    if name in VIEWED:
+        return np.dtype(np.uint8)
+    name = WIDENED.get(name, name)
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def _convert(array: Any, dtype: np.dtype) -> Any:
+    """Return an array in its dtype on disk, or back from it; sharded as it is."""
+    if array.dtype == dtype:
+        return array
+    if array.dtype.name in VIEWED or dtype.name in VIEWED:
+        return array.view(dtype)
+    return array.astype(dtype)
 
 
 def _has_numbers(tensor: jax.ShapeDtypeStruct) -> bool:

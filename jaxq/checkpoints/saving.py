@@ -88,7 +88,9 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
         metadata=manifest.plain_data(dict(metadata or {}), "metadata"),
     )
     arrays = _arrays(leaves)
-    with atomic.new_folder(target, _may_replace if overwrite else None) as folder:
+    needed = sum(array.nbytes for array in arrays.values())
+    replace = _may_replace if overwrite else None
+    with atomic.new_folder(target, needed, replace) as folder:
         files = store.write(folder, described, arrays, shard_bytes)
         for name, write in extras.items():
             write(folder / name)
