@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 D, F, H, B, T = 64, 32, 4, 3, 5  # width, features, heads, batch, tokens
@@ -213,6 +214,14 @@ def inner() -> Example:
     return plain(lambda p, x: jnp.inner(x, p["w"]), w=normal(F, D))
 
 
+def vector_weight() -> Example:
+    return plain(lambda p, x: x @ p["v"], v=normal(D))
+
+
+def left_transposed() -> Example:
+    return plain(lambda p, x: p["w"].T @ x.T, w=normal(D, F))
+
+
 def bfloat16_preferred() -> Example:
     def fn(p, x):
         dims = (((1,), (0,)), ((), ()))
@@ -370,6 +379,39 @@ def broadcast() -> Example:
         return jnp.einsum("btd,bdf->btf", x, w)
 
     return plain(fn, x3(), w=normal(D, F))
+
+
+def sharding_constraint() -> Example:
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    columns = NamedSharding(mesh, P(None, "model"))
+
+    def fn(p, x):
+        return x @ lax.with_sharding_constraint(p["w"], columns)
+
+    return plain(fn, w=normal(D, F))
+
+
+def chosen_by_mask() -> Example:
+    def fn(p, x, flag):
+        return x @ jnp.where(flag, p["w"], p["v"])
+
+    return plain(fn, x2(), jnp.array(True), w=normal(D, F), v=normal(D, F, seed=1))
+
+
+def chosen_by_cond() -> Example:
+    def fn(p, x, flag):
+        return x @ lax.cond(flag, lambda: p["w"], lambda: p["v"])
+
+    return plain(fn, x2(), jnp.array(False), w=normal(D, F), v=normal(D, F, seed=1))
+
+
+def chosen_experts() -> Example:
+    """Mixture of experts by lookup: every row of the batch takes its own matrix."""
+
+    def fn(p, x, which):
+        return jnp.einsum("bd,bdf->bf", x, p["experts"][which])
+
+    return plain(fn, x2(), jnp.array([1, 0, 1]), experts=normal(2, D, F))
 
 
 def returned() -> Example:
@@ -570,6 +612,28 @@ def scan_last_axis() -> Example:
     return plain(fn, w=normal(D, D, 2))
 
 
+def scan_and_index() -> Example:
+    """Layers are scanned, and the first one is used once more by itself."""
+
+    def fn(p, x):
+        def body(h, w):
+            return jnp.tanh(h @ w), None
+
+        return lax.scan(body, x, p["ws"])[0] @ p["ws"][0]
+
+    return plain(fn, ws=normal(2, D, D))
+
+
+def scan_emits_weight() -> Example:
+    def fn(p, x):
+        def body(h, w):
+            return jnp.tanh(h @ w), w[0]
+
+        return lax.scan(body, x, p["ws"])
+
+    return plain(fn, ws=normal(2, D, D))
+
+
 def lax_map() -> Example:
     return plain(lambda p, x: lax.map(lambda row: row @ p["w"], x), w=normal(D, F))
 
@@ -717,6 +781,11 @@ def taken_columns() -> Example:
     return plain(fn, ids(), table=normal(D, 32))
 
 
+def gathered_numbers() -> Example:
+    """A table of numbers, as of relative positions: its rows have no axis."""
+    return plain(lambda p, t: p["bias"][t], ids(), bias=normal(32))
+
+
 def one_hot() -> Example:
     def fn(p, t):
         return jax.nn.one_hot(t, 32) @ p["table"]
@@ -782,6 +851,11 @@ def nested_parameters() -> Example:
 
     layers = [{"w": normal(D, D)}, {"w": normal(D, D, seed=1)}]
     return plain(fn, layers=layers, head=(normal(D, F),))
+
+
+def bare_parameter() -> Example:
+    """The parameters are one array, whose path is empty."""
+    return Example(lambda w, x: x @ w, normal(D, F), (x2(),))
 
 
 class Outputs(NamedTuple):
@@ -872,6 +946,10 @@ def linen_batch_norm() -> Example:
 
     built = linen(Net(), x2())
     return built._replace(kwargs={"mutable": ["batch_stats"]})
+
+
+def linen_lstm() -> Example:
+    return linen(nn.RNN(nn.LSTMCell(8)), normal(B, T, D, seed=9))
 
 
 class TiedEmbedding(nn.Module):
@@ -1017,6 +1095,17 @@ def equinox_linear() -> Example:
     return Example(lambda m, x: jax.vmap(m)(x), model, (x2(),))
 
 
+def equinox_conv() -> Example:
+    model = eqx.nn.Conv2d(16, 8, 3, key=jax.random.key(0))
+    x = normal(1, 16, 6, 6, seed=9)
+    return Example(lambda m, x: jax.vmap(m)(x), model, (x,))
+
+
+def equinox_embedding() -> Example:
+    model = eqx.nn.Embedding(32, D, key=jax.random.key(0))
+    return Example(lambda m, t: jax.vmap(jax.vmap(m))(t), model, (ids(),))
+
+
 def equinox_mlp() -> Example:
     model = eqx.nn.MLP(D, F, D, depth=1, key=jax.random.key(0))
     arrays, static = eqx.partition(model, eqx.is_array)
@@ -1045,6 +1134,8 @@ PRODUCTS: tuple[Case, ...] = (
     Case("two-axes", two_axes, {"w": (dot(0, 1),)}),
     Case("tensordot", tensordot, {"w": (dot(0, 1),)}),
     Case("inner", inner, {"w": (dot(1),)}),
+    Case("vector-weight", vector_weight, {"v": (dot(0),)}),
+    Case("left-transposed", left_transposed, {"w": (dot(0),)}),
     Case(
         "bfloat16-preferred-float32",
         bfloat16_preferred,
@@ -1097,6 +1188,10 @@ VIEWS: tuple[Case, ...] = (
     Case("masked", masked, {}, quantize={"w": (0,)}, fallback=("w",)),
     Case("concatenated", concatenated, None, quantize={"w": (0,), "v": (0,)}),
     Case("broadcast", broadcast, None, quantize={"w": (0,)}),
+    Case("sharding-constraint", sharding_constraint, {"w": (dot(0),)}),
+    Case("chosen-by-mask", chosen_by_mask, None, quantize={"w": (0,), "v": (0,)}),
+    Case("chosen-by-cond", chosen_by_cond, None, quantize={"w": (0,), "v": (0,)}),
+    Case("chosen-experts", chosen_experts, None, quantize={"experts": (1,)}),
     Case("returned", returned, {"w": (dot(0),)}),
     Case("returned-transposed", returned_transposed, {"w": (dot(0),)}),
     Case("norm-penalty", norm_penalty, {"w": (dot(0),)}, fallback=("w",)),
@@ -1143,6 +1238,8 @@ CONTROL_FLOW: tuple[Case, ...] = (
     ),
     Case("scan-nested", scan_nested, {"w": (dot(2),)}, stacked={"w": (0, 1)}),
     Case("scan-last-axis", scan_last_axis, {"w": (dot(0),)}, stacked={"w": (2,)}),
+    Case("scan-and-index", scan_and_index, {"ws": (dot(1),)}, stacked={"ws": (0,)}),
+    Case("scan-emits-weight", scan_emits_weight, {"ws": (dot(1),)}, fallback=("ws",)),
     Case("lax-map", lax_map, {"w": (dot(0),)}),
     Case("associative-scan", associative_scan, {"w": (dot(0),)}),
     Case(
@@ -1167,6 +1264,13 @@ TREES: tuple[Case, ...] = (
     Case("gather", gathered, {"table": (GATHER,)}),
     Case("take", taken, {"table": (GATHER,)}),
     Case("take-columns", taken_columns, None, quantize={"table": (0,)}),
+    Case(
+        "gather-numbers",
+        gathered_numbers,
+        {},
+        quantize={"bias": (0,)},
+        fallback=("bias",),
+    ),
     Case("one-hot", one_hot, {"table": (dot(0),)}),
     Case("tied", tied_plain, {"table": (GATHER, dot(1))}),
     Case("closed-over", closed_over, {"w": (dot(0),)}),
@@ -1179,6 +1283,7 @@ TREES: tuple[Case, ...] = (
         nested_parameters,
         {"layers/0/w": (dot(0),), "layers/1/w": (dot(0),), "head/0": (dot(0),)},
     ),
+    Case("bare-parameter", bare_parameter, {"": (dot(0),)}),
     Case("nested-outputs", nested_outputs, {"w": (dot(0),)}),
     Case("random-key", random_key, {"w": (dot(0),)}),
     Case("numpy-leaves", numpy_leaves, {"w": (dot(0),)}),
@@ -1216,6 +1321,11 @@ LIBRARIES: tuple[Case, ...] = (
             "params/value/kernel": (dot(0),),
             "params/out/kernel": (dot(0, 1),),
         },
+    ),
+    Case(
+        "linen-lstm",
+        linen_lstm,
+        {f"params/cell/{of}{gate}/kernel": (dot(0),) for of in "ih" for gate in "ifgo"},
     ),
     Case("linen-batch-norm", linen_batch_norm, {"params/Dense_0/kernel": (dot(0),)}),
     Case(
@@ -1266,6 +1376,8 @@ LIBRARIES: tuple[Case, ...] = (
     ),
     # Equinox
     Case("equinox-linear", equinox_linear, {"weight": (dot(1),)}),
+    Case("equinox-conv", equinox_conv, {"weight": (conv(1, 2, 3),)}),
+    Case("equinox-embedding", equinox_embedding, {"weight": (GATHER,)}),
     Case(
         "equinox-mlp",
         equinox_mlp,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 import jaxq
 from jaxq import QTensor, QuantSpec
@@ -54,6 +54,9 @@ PAIRS = [
     for name, spec in SPECS.items()
     if case in (*PRODUCTS, *VIEWS) or name in ("int8-channel", "uint4-group32")
 ]
+cases_with_known_sites = pytest.mark.parametrize(
+    "case", [c for c in CASES if c.sites is not None], ids=lambda case: case.name
+)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -217,9 +220,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 # ------------------------------------------------------------------------ the tests
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.sites is not None], ids=lambda case: case.name
-)
+@cases_with_known_sites
 def test_sites(case):
     """`jaxq.sites` finds exactly the expected uses, in the parameter's own axes."""
     fn, params, args, kwargs = case.example()
@@ -241,6 +242,49 @@ def test_sites_need_no_weights(case):
     )
     concrete = jaxq.sites(lambda p, *a: fn(p, *a, **kwargs), params, *args)
     assert jaxq.sites(lambda p, *a: fn(p, *a, **kwargs), abstract, *args) == concrete
+
+
+@cases_with_known_sites
+def test_plan(case):
+    """A recipe reaches exactly the sites, along their axes, in every kind of tree."""
+    fn, params, args, kwargs = case.example()
+    if case.sites == {}:
+        with pytest.raises(ValueError, match="quantizes nothing"):
+            jaxq.plan(fn, params, INT8, *args, **kwargs)
+        return
+    planned = jaxq.plan(fn, params, INT8, *args, **kwargs).quantized
+    axes = {parameter_name(row.path): tuple(row.contracting) for row in planned}
+    assert set(axes) == set(case.sites)
+    for path, contracting in axes.items():
+        assert contracting in [key[1] for key in case.sites[path]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transposed",
+        "two-axes",
+        "scan-nested",
+        "none-leaves",
+        "static-leaves",
+        "nested-parameters",
+        "nnx-linear",
+        "equinox-mlp",
+    ],
+)
+def test_quantize_params(name):
+    """From the float tree to the quantized function, in the three public calls."""
+    case = next(case for case in CASES if case.name == name)
+    example = case.example()
+    params = jaxq.quantize_params(
+        example.params, "w8a16", fn=example.fn, calibration=[example.args]
+    )
+    found = tree_leaves_with_path(params, is_leaf=is_qtensor)
+    paths = {keystr(k, simple=True, separator="/") for k, q in found if is_qtensor(q)}
+    assert {parameter_name(path) for path in paths} == set(case.sites)
+    reference = Call.of(example.fn, example, jaxq.dequantize_params(params))
+    actual = jaxq.quantized(example.fn)(params, *example.args)
+    assert_close(actual, reference(reference.arrays), narrowest(reference))
 
 
 @pytest.mark.parametrize(("case", "spec"), PAIRS)
@@ -305,6 +349,15 @@ def test_fallback_is_explained(case):
         ), explained
 
 
+@every_case
+def test_explain_mentions_every_parameter(case):
+    """No quantized parameter is passed over in silence."""
+    fn, _, args, kwargs = case.example()
+    told = jaxq.explain(fn, quantized_params(case, INT8), *args, **kwargs)
+    paths = {row.path for row in told} | set(told.unused)
+    assert {parameter_name(path) for path in paths} == set(case.axes())
+
+
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.dots], ids=lambda case: case.name
 )
@@ -342,7 +395,7 @@ def test_shared_jit_cache_is_not_poisoned(float_first):
     assert np.abs(by_hand(params["w"]) - actual).max() > 0.01
 
 
-@pytest.mark.parametrize("transform", ["vmap", "scan", "jvp", "checkpoint"])
+@pytest.mark.parametrize("transform", ["vmap", "ensemble", "scan", "jvp", "checkpoint"])
 def test_under_transformations(transform):
     """`quantized(fn)` is a JAX function: transformations go around it."""
     fn, params, (x,), _ = matmul()
@@ -350,6 +403,11 @@ def test_under_transformations(transform):
     call, expected = jaxq.quantized(fn), x @ w.dequantize()
     if transform == "vmap":
         actual = jax.vmap(call, in_axes=(None, 0))({"w": w}, x)
+    elif transform == "ensemble":
+        ws = normal(2, *params["w"].shape)
+        w = compiled_quantize(ws, SPECS["uint4-group32"], (1,))
+        expected = jnp.einsum("bd,edf->ebf", x, w.dequantize())
+        actual = jax.vmap(call, in_axes=(0, None))({"w": w}, x)
     elif transform == "scan":
         actual = jax.lax.scan(lambda c, row: (c, call({"w": w}, row)), 0, x)[1]
     elif transform == "jvp":
@@ -383,6 +441,39 @@ def test_scan_over_stacked_qtensors():
     for layer in stacked.dequantize():
         expected = jnp.tanh(expected @ layer)
     assert_close(actual, expected, np.dtype("float32"))
+
+
+def test_qtensors_anywhere():
+    """Not only in the first argument: by position, by keyword, twice wrapped."""
+    w = compiled_quantize(normal(64, 32), INT8, (0,))
+    v = compiled_quantize(normal(32, 64), INT8, (0,))
+    x = normal(3, 64, seed=9)
+    call = jaxq.quantized(jaxq.quantized(lambda x, w, *, deep: (x @ w) @ deep[0]))
+    expected = (x @ w.dequantize()) @ v.dequantize()
+    assert_close(call(x, w, deep=[v]), expected, np.dtype("float32"))
+
+
+def test_closes_over_a_tracer():
+    """A function made inside another trace may use that trace's values."""
+    q = compiled_quantize(normal(64, 32), INT8, (0,))
+
+    @jax.jit
+    def outer(x, c):
+        call = jaxq.quantized(lambda w, h: (h @ w) * c)
+        return call(q, x) + call(q, 2 * x)
+
+    x, c = normal(3, 64, seed=9), jnp.float32(3)
+    expected = 3 * c * (x @ q.dequantize())
+    assert_close(outer(x, c), expected, np.dtype("float32"))
+
+
+def test_abstract_parameters():
+    """Shapes are enough to know the result's shape, and which kernels would run."""
+    fn, _, args, _ = matmul()
+    q = jax.eval_shape(lambda: jaxq.quantize(normal(64, 32), INT8, 0))
+    out = jax.eval_shape(jaxq.quantized(fn), {"w": q}, *args)
+    assert (out.shape, out.dtype) == ((3, 32), jnp.float32)
+    assert [row.path for row in jaxq.explain(fn, {"w": q}, *args)] == ["w"]
 
 
 def test_traces_once():
