@@ -15,8 +15,9 @@ def unknown(name: object, known: Iterable[str], kind: str) -> UnknownNameError:
     """Return the error for a ``kind`` called ``name`` that does not exist."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UnknownNameError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}")
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    names = ", ".join(known) or "none"
+    return UnknownNameError(f"unknown {kind} {name!r}{hint} Known: {names}")
 
 
 def lookup(table: Mapping[str, T], name: str, kind: str) -> T:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,8 @@ from jaxq.lift.trace import path_string
 from jaxq.observers import Observer, minmax
 from jaxq.plan import Plan, PlanRow, plan
 from jaxq.qtensor import QTensor, is_qtensor
-from jaxq.recipe import Recipe, Rule
-from jaxq.sharding import shard_like
-from jaxq.solvers import SOLVERS
+from jaxq.recipe import Recipe
+from jaxq.sharding import solve_on_mesh
 from jaxq.spec import QuantSpec
 
 # (row that is done, how many are done, how many there are)
@@ -46,8 +46,9 @@ def quantize_params(
 
     Raises:
         ValueError: on NaN or Inf weights (all such parameters are named before any work
-            is done), a parameter that is quantized already, a rule that matches
-            nothing, a recipe that quantizes nothing, or missing calibration data.
+            is done; inside `jax.jit` values are not known, and not checked), a
+            parameter that is quantized already, a rule that matches nothing, a recipe
+            that quantizes nothing, or missing calibration data.
 
     Example:
         >>> import jax, jaxq
@@ -84,7 +85,7 @@ def quantize_params(
 
 
 def dequantize_params(qparams: Any) -> Any:
-    """Return the tree with every `QTensor` replaced by the float array it stands for."""
+    """Return the tree with every `QTensor` replaced by the array it stands for."""
 
     def one(leaf: Any) -> Any:
         return leaf.dequantize() if isinstance(leaf, QTensor) else leaf
@@ -103,7 +104,8 @@ def calibrate(
     Args:
         fn: called as ``fn(params, *batch)``.
         params: its parameters.
-        batches: tuples of its other arguments.
+        batches: tuples of its other arguments. Python numbers, strings and None among
+            them are constants.
         observers: by name; see `jaxq.observers`.
 
     Returns:
@@ -121,10 +123,14 @@ def calibrate(
     def merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         return {name: o.merge(a[name], b[name]) for name, o in observers.items()}
 
-    step = jax.jit(tapped(fn, tap))
+    def steps(*constants: int) -> Callable[..., dict[str, list[Any]]]:
+        return jax.jit(tapped(fn, tap), static_argnums=constants)
+
+    compiled = functools.cache(steps)
     total: dict[str, dict[str, Any]] = {}
     for batch in batches:
-        for path, uses in step(params, *batch).items():
+        constants = (i for i, x in enumerate(batch, 1) if _is_constant(x))
+        for path, uses in compiled(*constants)(params, *batch).items():
             seen = functools.reduce(merge, uses)
             total[path] = merge(total[path], seen) if path in total else seen
     if not total:
@@ -133,6 +139,11 @@ def calibrate(
             "multiplies with none of its parameters"
         )
     return total
+
+
+def _is_constant(argument: Any) -> bool:
+    """Whether a traced function sees this argument as it is."""
+    return argument is None or isinstance(argument, bool | int | float | str)
 
 
 def refuse_non_finite(
@@ -150,10 +161,9 @@ def refuse_non_finite(
             bad.append(f"{path!r} ({count:,} of {leaf.size:,} values)")
     if bad:
         raise ValueError(
-            f"NaN or Inf in {', '.join(bad[:5])}"
-            + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-            + ": no scale can represent them. Repair the checkpoint, or keep these "
-            "parameters float with a rule like Rule('<path>', weight=None)"
+            f"NaN or Inf in {', '.join(bad)}: no scale can represent them. Repair the "
+            f"checkpoint, or keep these parameters float with a rule like "
+            f"Rule('<path>', weight=None)"
         )
 
 
@@ -187,14 +197,14 @@ def _example(fn: Any, batches: list[Sequence[Any]] | None) -> Sequence[Any]:
 def _static_scales(
     todo: Plan, params: Any, fn: Any, batches: list[Sequence[Any]] | None
 ) -> dict[str, jax.Array]:
-    """Return the activation scale of every parameter whose rule asks for a static one."""
+    """Return the activation scales that rules ask to be calibrated, by path."""
     static = [row for row in todo.quantized if row.rule and row.rule.static]
     if not static:
         return {}
     if fn is None or not batches:
         raise ValueError(
-            f"{static[0].path!r} gets a static activation scale, which needs data: pass "
-            f"fn= and calibration="
+            f"{static[0].path!r} gets a static activation scale, which needs data: "
+            f"pass fn= and calibration="
         )
     seen = calibrate(fn, params, batches, {"range": minmax()})
     scales = {}
@@ -205,33 +215,36 @@ def _static_scales(
                 f"no static scale: use a dynamic activation scale for it"
             )
         largest = seen[row.path]["range"].absmax
-        scales[row.path] = largest / row.rule.activation.number_format.highest
+        traced = isinstance(largest, jax.core.Tracer)
+        if not traced and not bool(jnp.all(jnp.isfinite(largest))):
+            raise ValueError(
+                f"calibration saw NaN or Inf in the activation of {row.path!r}, so it "
+                f"has no static scale: repair the data or the model"
+            )
+        scale = largest / row.rule.activation.number_format.highest
+        scales[row.path] = _per_weight(scale, row)
     return scales
+
+
+def _per_weight(scale: jax.Array, row: PlanRow) -> jax.Array:
+    """Give a static scale the weight's rank, one number per independent weight.
+
+    Calibration has one number per step of the enclosing scans; the weights of a batch
+    (experts) share theirs.
+    """
+    lengths = [n if i in row.stacked else 1 for i, n in enumerate(row.shape)]
+    choices = itertools.combinations(row.stacked, scale.ndim)
+    loops = next(c for c in choices if scale.shape == tuple(lengths[i] for i in c))
+    shape = [n if i in loops else 1 for i, n in enumerate(lengths)]
+    return jnp.broadcast_to(scale.reshape(shape), lengths)
 
 
 def _quantize_one(leaf: jax.Array, row: PlanRow, scale: jax.Array | None) -> QTensor:
     """Quantize one parameter as its row says, and place it as it was placed."""
     rule = row.rule
     assert rule is not None
-    q = _solve(leaf, rule, row.contracting, row.stacked)
-    q = dataclasses.replace(q, activation=rule.activation)
-    if scale is not None:
-        layers = row.stacked if scale.ndim else ()
-        shape = [n if i in layers else 1 for i, n in enumerate(row.shape)]
-        q = dataclasses.replace(q, activation_scale=scale.reshape(shape))
-    return shard_like(q, leaf)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _solve(
-    leaf: jax.Array,
-    rule: Rule,
-    contracting: tuple[int, ...],
-    stacked: tuple[int, ...],
-) -> QTensor:
-    """Run the rule's solver, compiled once per shape."""
-    assert rule.weight is not None
-    solver = SOLVERS[rule.solver]
-    return solver(
-        leaf, None, rule.weight, axis=contracting, stacked=stacked, **dict(rule.options)
+    solve = functools.partial(
+        rule.solve, contracting=row.contracting, stacked=row.stacked
     )
+    q = solve_on_mesh(solve, leaf)
+    return dataclasses.replace(q, activation=rule.activation, activation_scale=scale)

@@ -1,8 +1,10 @@
 """The plan: for every parameter, what will be done, what it saves, or why not."""
 
 import dataclasses
-import fnmatch
+import difflib
+import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,9 +13,10 @@ import jax.numpy as jnp
 
 from jaxq.lift import Use, parameter_uses
 from jaxq.lift.trace import path_string
+from jaxq.names import UnknownNameError
 from jaxq.presets import as_recipe
 from jaxq.qtensor import QTensor, is_qtensor
-from jaxq.quantize import padded_length, quantize
+from jaxq.quantize import padded_length
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
 
@@ -111,7 +114,7 @@ class Plan:
         return self.bytes_after * 8 / max(size, 1)
 
     def __str__(self) -> str:
-        """Return a table, parameters of the same fate in layers of a stack included."""
+        """Return a table, one line per parameter, and the totals."""
         width = max((len(row.path) for row in self.rows), default=4)
         lines = [
             f"{row.path:<{width}}  {'x'.join(map(str, row.shape)):>14}  "
@@ -152,8 +155,8 @@ def plan(
         **kwargs: the function's keyword arguments.
 
     Raises:
-        ValueError: when a required rule matches nothing, when nothing at all is
-            quantized, or when a parameter is quantized already.
+        ValueError: when there are no parameters, a required rule matches nothing, a
+            parameter is quantized already, or a rule cannot be applied to one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -166,6 +169,11 @@ def plan(
     recipe = as_recipe(cfg, group_size)
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_qtensor)
     leaves = {path_string(path): leaf for path, leaf in flat if hasattr(leaf, "dtype")}
+    if not leaves:
+        raise ValueError(
+            f"params ({type(params).__name__}) holds no arrays: give the tree of "
+            f"parameters, for Flax Linen the {{'params': ...}} that init returns"
+        )
     refuse_quantized(leaves)
     if fn is None:
         uses = conventional_uses(leaves)
@@ -203,38 +211,64 @@ def conventional_uses(leaves: dict[str, Any]) -> list[Use]:
 def _row(path: str, leaf: Any, recipe: Recipe, uses: Sequence[Use], fn: Any) -> PlanRow:
     """Decide about one parameter."""
     mine = [use for use in uses if use.path == path]
-    products = [use for use in mine if use.is_site]
+    products = [use for use in mine if use.is_site and use.contracting]
     ops = tuple(dict.fromkeys(use.op for use in mine))
-    size = math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+    shape, size = tuple(leaf.shape), math.prod(leaf.shape) * leaf.dtype.itemsize
+    row = functools.partial(PlanRow, path, shape, leaf.dtype.name, ops)
     rule = recipe.rule_for(path, ops)
 
     def stays(reason: str) -> PlanRow:
-        return PlanRow(
-            path, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, ops, None, (), (),
-            size, size, reason,
-        )  # fmt: skip
+        return row(None, (), (), size, size, reason)
 
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return stays("not a float parameter")
     if not products:
-        return stays(_no_product(mine, leaf, fn))
+        return stays(_no_product(mine, fn))
+    if not size:
+        return stays("it has no elements")
     if rule is None:
         return stays("no rule matches")
     if rule.weight is None:
         return stays(f"rule {rule.match!r} keeps it float")
     first = next((use for use in products if use.op != "gather"), products[0])
     contracting, stacked = first.contracting or (), first.stacked
-    after = jax.eval_shape(
-        lambda w: quantize(w, rule.weight, contracting, stacked=stacked),
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-    )
-    return PlanRow(
-        path, tuple(leaf.shape), jnp.dtype(leaf.dtype).name, ops, rule,
-        contracting, stacked, size, after.nbytes, _remark(first, mine, leaf, after),
-    )  # fmt: skip
+    after = _abstract(path, leaf, rule, contracting, stacked)
+    remark = _remark(first, mine, leaf, after)
+    return row(rule, contracting, stacked, size, after.nbytes, remark)
 
 
-def _no_product(mine: Sequence[Use], leaf: Any, fn: Any) -> str:
+def _abstract(
+    path: str,
+    leaf: Any,
+    rule: Rule,
+    contracting: tuple[int, ...],
+    stacked: tuple[int, ...],
+) -> QTensor:
+    """Return what the rule makes of a parameter, without its values.
+
+    Raises:
+        ValueError: naming the parameter, when the rule's solver refuses it.
+    """
+    try:
+        q = jax.eval_shape(
+            functools.partial(rule.solve, contracting=contracting, stacked=stacked),
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        )
+    except UnknownNameError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"rule {rule.match!r} cannot be applied to {path!r} of shape "
+            f"{tuple(leaf.shape)}: {error}"
+        ) from error
+    if not rule.static:
+        return q
+    ones = [n if i in stacked else 1 for i, n in enumerate(leaf.shape)]
+    scale = jax.ShapeDtypeStruct(tuple(ones), jnp.float32)
+    return dataclasses.replace(q, activation_scale=scale)
+
+
+def _no_product(mine: Sequence[Use], fn: Any) -> str:
     """Say why a parameter that no product consumes stays float."""
     if fn is None:
         return (
@@ -242,9 +276,10 @@ def _no_product(mine: Sequence[Use], leaf: Any, fn: Any) -> str:
         )
     if not mine:
         return "the function does not use it"
-    return (
-        f"met by {', '.join(dict.fromkeys(use.op for use in mine))}, not by a product"
-    )
+    met = ", ".join(dict.fromkeys(use.op for use in mine))
+    if any(use.is_site for use in mine):
+        return f"met by {met}, along none of its axes"
+    return f"met by {met}, not by a product"
 
 
 def _remark(first: Use, mine: Sequence[Use], leaf: Any, after: Any) -> str:
@@ -276,18 +311,41 @@ def _check_rules(recipe: Recipe, rows: Sequence[PlanRow]) -> None:
         if rule.weight is None and hits:
             continue
         if not hits:
-            near = [r.path for r in rows if fnmatch.fnmatch(r.path, f"*{rule.match}*")]
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            paths = ", ".join(row.path for row in rows[:6])
-            raise ValueError(
-                f"rule {rule.match!r} of recipe {recipe.name!r} matches no parameter; "
-                f"{hint}Parameters: {paths}{', ...' if len(rows) > 6 else ''}"
-            )
+            raise _matches_nothing(rule, recipe, rows)
         raise ValueError(
             f"rule {rule.match!r} of recipe {recipe.name!r} quantizes nothing: "
             f"{hits[0].path!r} {_why_not(hits[0], rule)}"
             + (f" (and {len(hits) - 1} more)" if len(hits) > 1 else "")
         )
+
+
+def _matches_nothing(rule: Rule, recipe: Recipe, rows: Sequence[PlanRow]) -> ValueError:
+    """Return the error, with the path that is most like the pattern."""
+    near = _nearest(rule.match, [row.path for row in rows])
+    hint = f"; did you mean to match {near!r}?" if near else "."
+    paths = ", ".join(row.path for row in rows[:6])
+    ops = f" met by {' or '.join(rule.ops)}" if rule.ops else ""
+    return ValueError(
+        f"rule {rule.match!r} of recipe {recipe.name!r} matches no parameter{ops}"
+        f"{hint} Correct the pattern, or give the rule required=False. "
+        f"Parameters: {paths}{', ...' if len(rows) > 6 else ''}"
+    )
+
+
+def _nearest(match: str, paths: Sequence[str]) -> str | None:
+    """Return the path of which some run of parts is most like the pattern's letters."""
+    letters = re.sub(r"[^\w/]", "", match.removeprefix("re:")).strip("/")
+    length = letters.count("/") + 1
+
+    def likeness(path: str) -> float:
+        parts = path.split("/")
+        starts = range(max(len(parts) - length, 0) + 1)
+        runs = ("/".join(parts[i : i + length]) for i in starts)
+        matchers = (difflib.SequenceMatcher(None, letters, run) for run in runs)
+        return max(m.ratio() for m in matchers)
+
+    best = max(paths, key=likeness)
+    return best if likeness(best) >= 0.6 else None
 
 
 def _why_not(row: PlanRow, rule: Rule) -> str:

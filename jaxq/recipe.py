@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import yaml
 
+from jaxq.lift.use import SITE_OPS
 from jaxq.names import lookup, unknown
-from jaxq.solvers import SOLVERS
+from jaxq.qtensor import QTensor
+from jaxq.solvers import SOLVERS, solve
 from jaxq.spec import QuantSpec
 
 Options = tuple[tuple[str, Any], ...]
@@ -33,6 +36,14 @@ class Rule:
         ops: only parameters met by one of these operations (``gather``,
             ``dot_general``, ...); empty: any.
         required: whether matching nothing is an error.
+
+    Raises:
+        ValueError: naming the rule, what is wrong with it and what it may say.
+
+    Example:
+        >>> rule = Rule("*/attention/*", QuantSpec("int4", 64), options={"clip": "mse"})
+        >>> rule.matches("params/layer_0/attention/query/kernel")
+        True
     """
 
     match: str = "*"
@@ -46,11 +57,16 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Normalize the containers, and reject what cannot be meant."""
-        if isinstance(self.options, Mapping):
-            pairs = tuple(sorted(self.options.items()))
-            object.__setattr__(self, "options", pairs)
-        object.__setattr__(self, "ops", tuple(self.ops))
+        options = dict(self.options)
+        pairs = tuple((k, _hashable(options[k])) for k in sorted(options))
+        object.__setattr__(self, "options", pairs)
+        ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
+        object.__setattr__(self, "ops", ops)
+        self._check_types()
         lookup(SOLVERS, self.solver, "solver")
+        for op in self.ops:
+            if op not in SITE_OPS:
+                raise unknown(op, SITE_OPS, "operation")
         if self.activation is not None and self.weight is None:
             raise ValueError(
                 f"rule {self.match!r} quantizes the activation but leaves the weight "
@@ -69,6 +85,21 @@ class Rule:
             except re.error as error:
                 raise ValueError(f"rule {self.match!r}: {error}") from error
 
+    def _check_types(self) -> None:
+        """Raise on a pattern that is no text, or a spec that is no spec."""
+        if not isinstance(self.match, str):
+            raise ValueError(
+                f"match={self.match!r} must be text: a glob, or 're:' and a regular "
+                f"expression (in YAML, quote it)"
+            )
+        for name in ("weight", "activation"):
+            spec = getattr(self, name)
+            if spec is not None and not isinstance(spec, QuantSpec):
+                raise ValueError(
+                    f"rule {self.match!r}: {name}={spec!r} must be a QuantSpec (in a "
+                    f"file, a mapping like {{format: int8}}) or None"
+                )
+
     def matches(self, path: str, ops: Sequence[str] = ()) -> bool:
         """Whether the rule is about a parameter met by ``ops``."""
         if self.ops and not set(self.ops) & set(ops):
@@ -76,6 +107,25 @@ class Rule:
         if self.match.startswith("re:"):
             return re.fullmatch(self.match[3:], path) is not None
         return fnmatch.fnmatchcase(path, self.match)
+
+    def solve(
+        self, weight: jax.Array, contracting: tuple[int, ...], stacked: tuple[int, ...]
+    ) -> QTensor:
+        """Return the weight as the rule's solver and spec make it.
+
+        Raises:
+            ValueError: when the rule leaves weights float, or the solver refuses.
+        """
+        if self.weight is None:
+            raise ValueError(f"rule {self.match!r} leaves weights float")
+        return solve(
+            weight,
+            spec=self.weight,
+            solver=self.solver,
+            options=self.options,
+            contracting=contracting,
+            stacked=stacked,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as plain data."""
@@ -87,8 +137,8 @@ class Rule:
             if isinstance(value, QuantSpec):
                 value = value.to_dict()
             elif field.name == "options":
-                value = dict(value)
-            out[field.name] = list(value) if isinstance(value, tuple) else value
+                value = {k: _plain(v) for k, v in value}
+            out[field.name] = _plain(value)
         return out
 
     @classmethod
@@ -107,6 +157,16 @@ class Rule:
             if isinstance(fields.get(key), Mapping):
                 fields[key] = QuantSpec.from_dict(fields[key])
         return cls(**fields)
+
+
+def _hashable(value: Any) -> Any:
+    """Return an option as a rule keeps it: lists become tuples."""
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a field as files keep it: tuples become lists."""
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,28 +239,38 @@ class Recipe:
 
     def dump(self, path: str | Path) -> None:
         """Write the recipe as YAML, or as JSON when the name ends in ``.json``."""
-        as_json = str(path).endswith(".json")
         text = (
             json.dumps(self.to_dict(), indent=2)
-            if as_json
+            if _is_json(path)
             else yaml.safe_dump(self.to_dict(), sort_keys=False)
         )
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """Read a recipe from YAML or JSON.
+        """Read a recipe from YAML, or from JSON when the name ends in ``.json``.
 
         Raises:
             ValueError: naming the file and what is wrong in it.
         """
+        kind, parse = ("JSON", json.loads) if _is_json(path) else ("YAML", _read_yaml)
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
+            data = parse(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"{path} is not {kind}: {error}") from error
         if not isinstance(data, Mapping):
             raise ValueError(f"{path} holds no recipe: give 'name' and 'rules'")
         try:
             return cls.from_dict(data)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _is_json(path: str | Path) -> bool:
+    """Whether a file's name says that it holds JSON."""
+    return str(path).endswith(".json")
+
+
+def _read_yaml(text: str) -> Any:
+    """Parse YAML without constructing anything but plain data."""
+    return yaml.safe_load(text)

@@ -1,11 +1,11 @@
-"""Where the arrays of a `QTensor` live on a mesh: like the weight, where that divides."""
+"""Where the arrays of a `QTensor` live on a mesh: like the weight, where possible."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxq.qtensor import QTensor
 
@@ -42,6 +42,20 @@ def shard_like(q: QTensor, weight: Any) -> QTensor:
     if isinstance(weight, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
         return q
     return jax.device_put(q, qtensor_shardings(q, sharding))
+
+
+def solve_on_mesh(solve: Callable[[jax.Array], QTensor], weight: Any) -> QTensor:
+    """Return ``solve(weight)``, placed like the weight, on any kind of mesh.
+
+    On a mesh with explicit axes (`jax.make_mesh`'s own) every reshape would have to say
+    how its result is sharded; the solver leaves that to the compiler.
+    """
+    sharding = jax.typeof(weight).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return shard_like(solve(weight), weight)
+    like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+    placed = qtensor_shardings(jax.eval_shape(solve, like), sharding)
+    return jax.sharding.auto_axes(solve, out_sharding=placed)(weight)
 
 
 def _divides(mesh: Any, entry: str | Sequence[str] | None, length: int) -> bool:

@@ -1,10 +1,5 @@
-"""Solvers: from a weight, statistics and a spec to a `QTensor`. One row each."""
+"""Solvers: from a weight, statistics and a spec to a `QTensor`."""
 
-from collections.abc import Callable
-
-from jaxq.qtensor import QTensor
 from jaxq.solvers.rtn import rtn as rtn
-
-SOLVERS: dict[str, Callable[..., QTensor]] = {
-    "rtn": rtn,
-}
+from jaxq.solvers.table import SOLVERS as SOLVERS
+from jaxq.solvers.table import solve as solve

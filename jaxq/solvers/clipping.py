@@ -1,5 +1,6 @@
 """The range of a block: its extremes, a quantile, or the one of least error."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.blocks import block_axes, spread, to_blocks
-from jaxq.names import lookup
+from jaxq.names import lookup, unknown
 from jaxq.quantize import Blocking, Bounds, block_bounds, encode, settle_scale
 from jaxq.scales import affine
 from jaxq.spec import QuantSpec
@@ -20,7 +21,7 @@ def absmax(x: jax.Array, spec: QuantSpec, where: Blocking) -> Bounds:
 
 
 def percentile(
-    x: jax.Array, spec: QuantSpec, where: Blocking, percent: float = 99.9
+    x: jax.Array, spec: QuantSpec, where: Blocking, *, percent: float = 99.9
 ) -> Bounds:
     """Return the quantiles ``1 − percent`` and ``percent`` of every block.
 
@@ -48,13 +49,14 @@ def mse(
     where: Blocking,
     *,
     steps: int = 80,
-    smallest: float = 0.2,
+    smallest: float = 0.21,
     exponent: float = 2.4,
 ) -> Bounds:
     """Return the range ``p · [low, high]`` of least error for every block.
 
-    ``argmin_p Σ |x − x̂_p|^exponent`` over ``p = 1 … smallest`` (GPTQ's ``mse`` grid:
-    Frantar et al. 2022, official code; 2.4 weighs large errors more than squares do).
+    ``argmin_p Σ |x − x̂_p|^exponent`` over ``p = 1 … smallest`` (GPTQ's ``mse`` grid of
+    1, 0.99 … 0.21: Frantar et al. 2022, official code; 2.4 weighs large errors more
+    than squares do).
 
     Args:
         x: float32.
@@ -112,7 +114,13 @@ def clipped_bounds(
     """Return the range of every block by the method called ``clip``.
 
     Raises:
-        UnknownNameError: when there is no such method.
+        UnknownNameError: when there is no such method, or it has no such option.
     """
     method = lookup(CLIPPING, clip, "clipping method")
-    return method(x.astype(jnp.float32), spec, where, **(options or {}))
+    options = options or {}
+    parameters = inspect.signature(method).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise unknown(name, known, f"option of clip={clip!r}:")
+    return method(x.astype(jnp.float32), spec, where, **options)

@@ -35,9 +35,15 @@ def rtn(
         **options: of the clipping method.
 
     Raises:
-        UnknownNameError: on an unknown clipping method.
+        UnknownNameError: on an unknown clipping method, or an option it does not have.
+        ValueError: when a centered spec is to be clipped.
     """
-    if clip == "absmax" or spec.center:
+    if spec.center:
+        if clip != "absmax" or options:
+            raise ValueError(
+                f"clip={clip!r} chooses a range of the weight, but center=True rounds "
+                f"the weight less its mean: use clip='absmax', or center=False"
+            )
         return quantize(weight, spec, axis, stacked=stacked)
     where = Blocking.of(spec, weight.shape, axis, stacked)
     bounds = clipped_bounds(weight, spec, where, clip, options)
