@@ -21,7 +21,6 @@ HARMLESS = frozenset(
         "architectures",
         "attention_dropout",
         "attn_implementation",
-        "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
         "do_sample",

@@ -23,16 +23,20 @@ def wide_dot(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`lax.dot_general` that sums in float32 and rounds once, to the dtype of `x`.
+    """`lax.dot_general` with a float32 result, whatever the operands.
 
-    Saying so matters on a CPU: XLA has a bfloat16 matmul with a float32 result that is
-    six times faster than the one with a bfloat16 result.
+    Saying so matters on a CPU, too: XLA's bfloat16 matmul with a float32 result is six
+    times faster than the one with a bfloat16 result.
     """
     del preferred_element_type
-    y = jax.lax.dot_general(
+    return jax.lax.dot_general(
         x, w, dimension_numbers, precision, preferred_element_type=jnp.float32
     )
-    return y.astype(x.dtype)
+
+
+def rounded_dot(x: jax.Array, w: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """`wide_dot`, rounded once, to the dtype of `x`."""
+    return wide_dot(x, w, *args, **options).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class Llama(nn.Module):
 
     config: LlamaConfig
     dtype: Any = None
-    dot_general: Any = wide_dot
+    dot_general: Any = rounded_dot
 
     @nn.compact
     def __call__(
@@ -232,7 +236,7 @@ class Llama(nn.Module):
         Args:
             tokens: `int[B, T]`.
             positions: `int[B, T]`, where a negative position marks padding, which
-                nothing attends to; None is `0 .. T-1`.
+                nothing attends to; None goes on from where the cache ends, or from 0.
             cache: keys and values of earlier tokens, to which these are added.
 
         Returns:
@@ -240,7 +244,8 @@ class Llama(nn.Module):
         """
         cfg = self.config
         if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+            positions = positions if cache is None else positions + cache.end
             positions = jnp.broadcast_to(positions, tokens.shape)
         embed = nn.Embed(
             cfg.vocab_size,
@@ -272,21 +277,19 @@ class Llama(nn.Module):
         return logits, replace(cache, layers=tuple(layers))
 
     def _head(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
+        """Return float32 logits: rounded to bfloat16, many would be equal."""
         if self.config.tied:
             table = embed.embedding.astype(x.dtype)
-            dims = (((2,), (1,)), ((), ()))
-            return jax.lax.dot_general(
-                x, table, dims, preferred_element_type=jnp.float32
-            )
+            return wide_dot(x, table, (((2,), (1,)), ((), ())))
         head = nn.Dense(
             self.config.vocab_size,
             use_bias=False,
             dtype=self.dtype,
-            dot_general=self.dot_general,
+            dot_general=wide_dot,
             kernel_init=nn.initializers.normal(self.config.init_scale),
             name="lm_head",
         )
-        return head(x).astype(jnp.float32)
+        return head(x)
 
 
 def visible(

@@ -102,6 +102,7 @@ def test_names_and_variables_correspond_one_to_one(name):
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
         ({"logit_scale": 0.5}, "logit_scale = 0.5"),
         ({"num_local_experts": 8}, "num_local_experts = 8"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope'"),

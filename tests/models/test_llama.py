@@ -128,6 +128,9 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(small, chunks):
         pieces.append(logits)
         done += size
     assert int(cache.end) == 12
+    rest, _ = apply(params, tokens[:, :1], None, cache)
+    beyond = apply(params, jnp.concatenate([tokens, tokens[:, :1]], 1))[:, -1:]
+    np.testing.assert_allclose(rest, beyond, rtol=0, atol=1e-5)
     # The same float32 sums, over sixteen slots in place of twelve.
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, rtol=0, atol=1e-5)
 
