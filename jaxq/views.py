@@ -8,14 +8,13 @@ said that way raises `ViewError` with the reason, and the caller dequantizes.
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-if TYPE_CHECKING:
-    from jaxq.qtensor import QTensor
+from jaxq.blocks import grid_shape
+from jaxq.qtensor import QTensor
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -24,29 +23,24 @@ class ViewError(Exception):
     """A view that packed codes cannot express; the message says why."""
 
 
-def astype(q: "QTensor", dtype: DTypeLike) -> "QTensor":
+def astype(q: QTensor, dtype: DTypeLike) -> QTensor:
     """Return the same tensor, standing for another float dtype."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ViewError(f"cast to {jnp.dtype(dtype).name}, which is not a float dtype")
     return dataclasses.replace(q, dtype=jnp.dtype(dtype))
 
 
-def transpose(q: "QTensor", permutation: Sequence[int]) -> "QTensor":
+def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     """Permute the axes."""
     new_axis = list(permutation).index(q.axis % q.ndim) - q.ndim
     block = tuple(q.blocks[i] for i in permutation)
-    q = map_fields(
-        q, lambda a: jnp.transpose(a, permutation), nested=transpose_to(permutation)
-    )
+    scales = q.scales
+    scales = transpose(scales, permutation) if isinstance(scales, QTensor) else None
+    q = map_fields(q, lambda a: jnp.transpose(a, permutation), scales=scales)
     return dataclasses.replace(q, axis=new_axis, block=block)
 
 
-def transpose_to(permutation: Sequence[int]) -> "Callable[[QTensor], QTensor]":
-    """Return the transposition as a function of a tensor."""
-    return lambda q: transpose(q, permutation)
-
-
-def plain_scales(q: "QTensor") -> "QTensor":
+def plain_scales(q: QTensor) -> QTensor:
     """Return ``q`` with its scales decoded to float32 (they are few)."""
     if isinstance(q.scales, jax.Array) and q.spec.scale == "float32":
         return q
@@ -55,8 +49,8 @@ def plain_scales(q: "QTensor") -> "QTensor":
 
 
 def slice_axis(
-    q: "QTensor", axis: int, start: int, size: int, length: int | None = None
-) -> "QTensor":
+    q: QTensor, axis: int, start: int, size: int, length: int | None = None
+) -> QTensor:
     """Return ``size`` elements from ``start`` along one axis (static bounds).
 
     Raises:
@@ -74,29 +68,25 @@ def slice_axis(
         raise ViewError(f"slice {start}:{start + size} cuts packed codes of {q.pack}")
     q = plain_scales(q)
 
-    def part(a: jax.Array, per: int) -> jax.Array:
+    def part(a: jax.Array) -> jax.Array:
+        if a.shape[axis] == 1:
+            return a
+        # one value per element (an input scale), or one per block
+        per = 1 if a.shape[axis] == length else block
         last = -(-(start + size) // per)
         return jax.lax.slice_in_dim(a, start // per, last, axis=axis)
 
-    codes_from, codes_to = (
-        n * (q.spec.bits if packed else 8) // 8 for n in (start, start + size)
-    )
-    codes = jax.lax.slice_in_dim(q.codes, codes_from, codes_to, axis=axis)
-    out = map_fields(
-        q,
-        lambda a: (
-            a
-            if a.shape[axis] == 1
-            else part(a, length if whole else block if a.shape[axis] != length else 1)
-        ),
-    )
+    bits = q.spec.bits if packed else 8
+    first, last = start * bits // 8, (start + size) * bits // 8
+    codes = jax.lax.slice_in_dim(q.codes, first, last, axis=axis)
+    out = map_fields(q, part, codes=codes)
     blocks = tuple(size if i == axis and whole else b for i, b in enumerate(q.blocks))
-    return dataclasses.replace(out, codes=codes, block=blocks)
+    return dataclasses.replace(out, block=blocks)
 
 
 def index_axis(
-    q: "QTensor", axis: int, take: Callable[[jax.Array, int], jax.Array]
-) -> "QTensor":
+    q: QTensor, axis: int, take: Callable[[jax.Array, int], jax.Array]
+) -> QTensor:
     """Apply ``take(array, axis)`` along an axis where every element has its own scale.
 
     Serves dynamic slices, reversals and gathers of a leading (layer, row) axis.
@@ -112,60 +102,161 @@ def index_axis(
     return map_fields(q, lambda a: take(a, axis) if a.shape[axis] == length else a)
 
 
-def reshape(q: "QTensor", shape: Sequence[int]) -> "QTensor":
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Neighbouring axes that become other neighbouring axes of the same total length.
+
+    Attributes:
+        old: the old axes.
+        lengths: their lengths.
+        blocks: their block sizes.
+        new: the lengths of the new axes.
+        source: for each new axis the old one that it is, as an index into ``old``, or
+            None (a new axis of length one); None when axes are merged or split.
+        new_blocks: the block sizes of the new axes.
+    """
+
+    old: tuple[int, ...]
+    lengths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    new: tuple[int, ...]
+    source: tuple[int | None, ...] | None
+    new_blocks: tuple[int, ...]
+
+    def array_lengths(self, array: Sequence[int]) -> tuple[int, ...]:
+        """Return an array's lengths along the new axes, from its lengths of all axes.
+
+        Raises:
+            ViewError: when the array varies along only some of the merged axes.
+        """
+        have = tuple(array[i] for i in self.old)
+        if self.source is not None:
+            return tuple(1 if i is None else have[i] for i in self.source)
+        if all(n == 1 for n in have):
+            return (1,) * len(self.new)
+        if have == self.lengths:
+            return self.new
+        if have == grid_shape(self.lengths, self.blocks):
+            return grid_shape(self.new, self.new_blocks)
+        raise ViewError(f"merges axes along some of which {have} values are shared")
+
+
+def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
     """Merge neighbouring axes or split an axis, where blocks and packing allow.
 
     Raises:
-        ViewError: when axes are regrouped, or a block would not stay a block.
+        ViewError: when a block or packed codes would not stay together.
     """
-    groups = list(axis_groups(q.shape, tuple(shape)))
+    packed = q.axis % q.ndim
+    runs = [_run(q, *group, tuple(shape)) for group in axis_groups(q.shape, shape)]
     q = plain_scales(q)
-    block: list[int] = []
-    axis = q.axis % q.ndim
-    new_axis = axis
-    for old, new in groups:
-        new_lengths = tuple(shape[i] for i in new)
-        if axis in old:
-            _check_packed(q, old, new_lengths)
-            new_axis = new[-1] if new else -1
-            # trailing axes of length one may follow the packed one
-            wide = [i for i in new if shape[i] > 1]
-            new_axis = wide[-1] if wide else new_axis
-        block += _regroup_block(q, old, new_lengths)
 
     def arrays(a: jax.Array) -> jax.Array:
-        out: list[int] = []
-        for old, new in groups:
-            lengths = tuple(shape[i] for i in new)
-            out += _regroup_lengths(a.shape, q.shape, old, lengths, block[len(out) :])
-        return a.reshape(out)
+        return a.reshape([n for run in runs for n in run.array_lengths(a.shape)])
 
-    codes_shape = list(shape)
-    codes_shape[new_axis] = codes_shape[new_axis] * q.spec.bits // 8
+    lengths, axis = list(shape), 0
+    for run in runs:
+        if packed in run.old:
+            axis += _packed_place(q, run)
+            break
+        axis += len(run.new)
+    bytes_in = q.codes.shape[packed]
+    lengths[axis] = bytes_in if q.padding else shape[axis] * q.spec.bits // 8
+    out = map_fields(q, arrays, codes=q.codes.reshape(lengths))
+    block = tuple(n for run in runs for n in run.new_blocks)
+    return dataclasses.replace(out, axis=axis - len(lengths), block=block)
+
+
+def _run(
+    q: QTensor, old: Sequence[int], new: Sequence[int], shape: Sequence[int]
+) -> Run:
+    """Return how the axes ``old`` become the axes ``new`` of ``shape``."""
+    lengths = tuple(q.shape[i] for i in old)
+    blocks = tuple(q.blocks[i] for i in old)
+    new_lengths = tuple(shape[i] for i in new)
+    source = _sources(lengths, new_lengths, q.axis % q.ndim - old[0] if old else -1)
+    if source is None:
+        new_blocks = _split_block(new_lengths, _merged_block(lengths, blocks))
+    else:
+        new_blocks = tuple(1 if i is None else blocks[i] for i in source)
+    return Run(tuple(old), lengths, blocks, new_lengths, source, new_blocks)
+
+
+def _sources(
+    old: tuple[int, ...], new: tuple[int, ...], packed: int
+) -> tuple[int | None, ...] | None:
+    """Return which old axis each new axis is, when they differ by axes of length one.
+
+    The packed axis keeps its place among the others even when its own length is one.
+    """
+    kept = [i for i, n in enumerate(old) if n > 1 or i == packed]
+    out: list[int | None] = []
+    for n in new:
+        found = bool(kept) and old[kept[0]] == n
+        out.append(kept.pop(0) if found else None)
+    same = not kept and all(n == 1 for n, i in zip(new, out, strict=True) if i is None)
+    return tuple(out) if same else None
+
+
+def _packed_place(q: QTensor, run: Run) -> int:
+    """Return which new axis of the run is the packed one."""
+    packed = run.old.index(q.axis % q.ndim)
+    if run.source is not None:
+        return run.source.index(packed)
     if q.padding:
-        codes_shape[new_axis] = q.codes.shape[axis]
-    codes = q.codes.reshape(codes_shape)
-    out = map_fields(q, arrays, codes=codes)
-    return dataclasses.replace(out, axis=new_axis - len(shape), block=tuple(block))
+        raise ViewError(f"merges or splits the packed axis, padded by {q.padding}")
+    if packed != max((i for i, n in enumerate(run.lengths) if n > 1), default=-1):
+        raise ViewError("merges the packed axis with one behind it")
+    place = max(i for i, n in enumerate(run.new) if n > 1)
+    if run.new[place] % q.pack:
+        raise ViewError(f"splits packed codes of {q.pack} into {run.new[place]}")
+    return place
+
+
+def _merged_block(lengths: Sequence[int], blocks: Sequence[int]) -> int:
+    """Return how many consecutive elements of the merged axes share a scale."""
+    wide = [(n, min(b, n)) for n, b in zip(lengths, blocks, strict=True) if n > 1]
+    merged, whole = 1, True
+    for i, (length, block) in reversed(list(enumerate(wide))):
+        ragged = i > 0 and length % block
+        if ragged or not (whole or block == 1):
+            raise ViewError(f"merges axes of blocks {tuple(blocks)}")
+        merged *= block
+        whole = whole and block == length
+    return merged
+
+
+def _split_block(lengths: Sequence[int], merged: int) -> tuple[int, ...]:
+    """Return the block sizes along axes into which blocks of ``merged`` are split."""
+    out: list[int] = []
+    for i, length in reversed(list(enumerate(lengths))):
+        block = min(merged, length)
+        outermost = all(n == 1 for n in lengths[:i])
+        if merged % block or (length % block and not outermost):
+            raise ViewError(f"splits blocks of {merged} over axes {tuple(lengths)}")
+        out.append(block)
+        merged //= block
+    return tuple(out[::-1])
 
 
 def map_fields(
-    q: "QTensor",
+    q: QTensor,
     fn: Callable[[jax.Array], jax.Array],
     *,
     codes: jax.Array | None = None,
-    nested: "Callable[[QTensor], QTensor] | None" = None,
-) -> "QTensor":
-    """Apply ``fn`` to every array of ``q`` (``codes`` replaces the codes when given)."""
+    scales: jax.Array | QTensor | None = None,
+) -> QTensor:
+    """Apply ``fn`` to every array of ``q``, where none is given in its place.
+
+    Scales that are a `QTensor` must be given, or made plain before.
+    """
 
     def one(a: jax.Array | None) -> jax.Array | None:
         return None if a is None else fn(a)
 
-    scales = q.scales
-    if nested is not None and isinstance(scales, type(q)):
-        scales = nested(scales)
-    else:
-        scales = one(scales)
+    if scales is None:
+        assert not isinstance(q.scales, QTensor)
+        scales = fn(q.scales)
     return dataclasses.replace(
         q,
         codes=fn(q.codes) if codes is None else codes,
@@ -196,61 +287,3 @@ def axis_groups(old: Sequence[int], new: Sequence[int]) -> Iterator[Group]:
                 b.append(j)
                 j += 1
         yield tuple(a), tuple(b)
-
-
-def _check_packed(q: "QTensor", old: Sequence[int], new: Sequence[int]) -> None:
-    """Raise unless the packed axis may be merged or split as asked."""
-    axis = q.axis % q.ndim
-    wide = [i for i in old if q.shape[i] > 1]
-    if wide and wide[-1] != axis and len(wide) > 1:
-        raise ViewError("merges the packed axis with one behind it")
-    inner = [n for n in new if n > 1]
-    regrouped = len(wide) > 1 or len(inner) > 1
-    if regrouped and q.padding:
-        raise ViewError(f"reshapes an axis padded by {q.padding}")
-    if regrouped and inner and inner[-1] % q.pack:
-        raise ViewError(f"splits packed codes of {q.pack} into {inner[-1]}")
-    if len(wide) > 1 and len(inner) > 1:
-        raise ViewError("regroups the packed axis")
-
-
-def _regroup_block(q: "QTensor", old: Sequence[int], new: Sequence[int]) -> list[int]:
-    """Return the block sizes of the new axes of one group."""
-    lengths, blocks = [q.shape[i] for i in old], [q.blocks[i] for i in old]
-    if tuple(lengths) == tuple(new):
-        return list(blocks)
-    merged, open_end = 1, True
-    for length, size in zip(reversed(lengths), reversed(blocks), strict=True):
-        if length == 1:
-            continue
-        if not open_end and size != 1:
-            raise ViewError(f"merges axes of blocks {tuple(blocks)}")
-        merged *= min(size, length)
-        open_end = open_end and size >= length
-    out: list[int] = []
-    for length in reversed(new):
-        part = min(merged, length)
-        if merged > 1 and (length % part or (part < merged and merged % length)):
-            raise ViewError(f"splits blocks of {merged} over axes {tuple(new)}")
-        out.append(part)
-        merged = max(merged // length, 1)
-    return out[::-1]
-
-
-def _regroup_lengths(
-    array: Sequence[int],
-    shape: Sequence[int],
-    old: Sequence[int],
-    new: Sequence[int],
-    block: Sequence[int],
-) -> list[int]:
-    """Return an array's lengths along the new axes of one group."""
-    have = [array[i] for i in old]
-    if all(n == 1 for n in have):
-        return [1] * len(new)
-    if have == [shape[i] for i in old]:
-        return list(new)
-    grid = [-(-n // b) for n, b in zip(new, block, strict=False)]
-    if math.prod(grid) != math.prod(have):
-        raise ViewError(f"regroups scales of shape {tuple(have)}")
-    return grid
