@@ -53,10 +53,10 @@ def new_folder(
     except CheckpointError:
         raise
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise _write_error(target, needed, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
 
 
 def _refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
@@ -71,6 +71,15 @@ def _refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
             f"{target} exists; save elsewhere, or pass overwrite=True to replace it"
         )
     may_replace(target)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, even if Ctrl-C comes now."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _check_room(parent: Path, needed: int) -> None:
@@ -106,7 +115,7 @@ def _publish(temporary: Path, target: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -94,13 +94,17 @@ def read(folder: str | Path) -> Manifest:
     data = _read_bytes(path)
     content = strict_json.parse(data, str(path))
     _check_version(content, path)
-    if content.get("sha256") != _digest(content):
+    try:
+        found = _digest(content)
+        manifest = _parse(content, str(path))
+    except RecursionError as error:
+        raise CorruptError(f"{path} nests too deep; fetch or save it again") from error
+    if content.get("sha256") != found:
         raise CorruptError(
-            f"{path} was altered after it was written: its sha256 is "
-            f"{_digest(content)}, but it says {content.get('sha256')!r}; fetch or save "
-            "it again"
+            f"{path} was altered after it was written: its sha256 is {found}, but it "
+            f"says {strict_json.shorten(content.get('sha256'))}; fetch or save it again"
         )
-    return _parse(content, str(path))
+    return manifest
 
 
 def is_jaxq_checkpoint(path: str | Path) -> bool:
@@ -120,7 +124,7 @@ def plain_data(value: Any, what: str) -> Any:
     value = value.to_dict() if hasattr(value, "to_dict") else value
     try:
         return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UnsupportedError(
             f"{what} must be plain data (dict, list, str, finite number, bool, None), "
             f"so that it can be saved as JSON: {error}"
@@ -197,10 +201,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Manifest:
 
 def _check_names(manifest: Manifest, where: str) -> None:
     """Raise unless tree and parameters name the same, and no tensor twice."""
-    try:
-        paths = structure.leaf_paths(manifest.tree, where)
-    except RecursionError as error:
-        raise CorruptError(f"{where}: the tree nests too deep") from error
+    paths = structure.leaf_paths(manifest.tree, where)
     if sorted(paths) != sorted(manifest.params):
         odd = sorted(set(paths) ^ set(manifest.params)) or sorted(paths)
         raise CorruptError(

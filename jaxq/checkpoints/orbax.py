@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -177,16 +178,26 @@ def _settle(folder: Path, calm: float = 0.5, patience: float = 30) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax from logging what is also raised, and from warning of the expected."""
+    """Keep Orbax from logging what is also raised, and from warning of the expected.
+
+    After a failed write its other threads each report to an event loop that is gone.
+    """
     logger = logging.getLogger("absl")
-    level = logger.level
+    level, hook = logger.level, sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = report
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 @contextmanager

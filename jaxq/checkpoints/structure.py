@@ -17,6 +17,7 @@ from jaxq.checkpoints.errors import CorruptError, UnsupportedError
 from jaxq.checkpoints.strict_json import shorten
 from jaxq.qtensor import is_qtensor
 
+MAX_DEPTH = 100
 Node = Any
 KeyPath = tuple[Any, ...]
 
@@ -48,7 +49,16 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def describe(tree: Any, path: KeyPath = ()) -> Node:
-    """Return the structure of a tree as a node; see the module."""
+    """Return the structure of a tree as a node; see the module.
+
+    Raises:
+        UnsupportedError: the tree nests too deep.
+    """
+    if len(path) > MAX_DEPTH:
+        raise UnsupportedError(
+            f"{path_string(path)[:80]!r}... lies more than {MAX_DEPTH} levels deep; "
+            "save a flatter tree"
+        )
     if tree is None:
         return None
     if _is_leaf(tree):
@@ -83,12 +93,14 @@ def build(node: Node, leaf: Callable[[str], Any]) -> Any:
     return entries
 
 
-def leaf_paths(node: Node, where: str) -> list[str]:
+def leaf_paths(node: Node, where: str, depth: int = 0) -> list[str]:
     """Return the paths of a node's leaves, checking that it is a node at all.
 
     Raises:
         CorruptError: naming what is no node.
     """
+    if depth > MAX_DEPTH:
+        raise CorruptError(f"{where}: the tree is deeper than {MAX_DEPTH} levels")
     if node is None:
         return []
     if isinstance(node, str):
@@ -100,7 +112,7 @@ def leaf_paths(node: Node, where: str) -> list[str]:
         children = _values(children, kind, where)
     elif kind not in ("list", "tuple") or not isinstance(children, list):
         raise CorruptError(f"{where}: the tree has {shorten(node)} for a node")
-    return [path for child in children for path in leaf_paths(child, where)]
+    return [path for child in children for path in leaf_paths(child, where, depth + 1)]
 
 
 def _values(entries: Any, kind: str, where: str) -> list[Node]:
@@ -112,8 +124,11 @@ def _values(entries: Any, kind: str, where: str) -> list[Node]:
         raise CorruptError(
             f"{where}: the tree has {shorten(entries)} for the entries of a {kind}"
         )
-    if len({key for key, _ in entries}) != len(entries):
-        raise CorruptError(f"{where}: the tree repeats a key in {shorten(entries)}")
+    keys = [key for key, _ in entries]
+    if len(set(keys)) != len(keys) or len({isinstance(k, str) for k in keys}) > 1:
+        raise CorruptError(
+            f"{where}: the tree repeats or mixes keys in {shorten(entries)}"
+        )
     return [node for _, node in entries]
 
 
