@@ -1,0 +1,4 @@
+"""The command line: `jaxq demo | quantize | eval | generate | plan | inspect`."""
+
+from jaxq.cli.app import app as app
+from jaxq.cli.app import main as main
