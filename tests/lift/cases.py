@@ -123,12 +123,20 @@ def plain(fn: Callable[..., Any], *args: Any, **params: Any) -> Example:
     return Example(fn, params, args or (x2(),))
 
 
+def filled(abstract: Any) -> Any:
+    """The tree with numbers for its shapes; initializers take long to compile."""
+    leaves, tree = jax.tree.flatten(abstract)
+    arrays = [
+        normal(*leaf.shape, seed=i) if hasattr(leaf, "shape") else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(tree, arrays)
+
+
 def linen(module: nn.Module, *args: Any, **kwargs: Any) -> Example:
     """A Linen module with numbers in its parameters, and no time spent in `init`."""
     shapes = jax.eval_shape(partial(module.init, **kwargs), jax.random.key(0), *args)
-    leaves, tree = jax.tree.flatten(shapes)
-    filled = [normal(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
-    return Example(module.apply, jax.tree.unflatten(tree, filled), args, kwargs)
+    return Example(module.apply, filled(shapes), args, kwargs)
 
 
 # ------------------------------------------------------------- products, every way
@@ -1008,25 +1016,25 @@ def linen_scan_remat() -> Example:
 # ------------------------------------------------------------------------------- NNX
 
 
-def nnx_split(module: Any, *args: Any) -> Example:
+def nnx_split(make: Callable[[], Any], *args: Any) -> Example:
     """A split NNX module: its state is the parameter tree."""
-    graph, state = nnx.split(module)
-    leaves, tree = jax.tree.flatten(state)
-    filled = [normal(*leaf.shape, seed=i) for i, leaf in enumerate(leaves)]
+    graph, state = nnx.split(nnx.eval_shape(make))
 
     def fn(state, *inputs):
         return nnx.merge(graph, state)(*inputs)
 
-    return Example(fn, jax.tree.unflatten(tree, filled), args)
+    return Example(fn, filled(state), args)
 
 
 def nnx_linear() -> Example:
-    return nnx_split(nnx.Linear(D, F, rngs=nnx.Rngs(0)), x2())
+    return nnx_split(lambda: nnx.Linear(D, F, rngs=nnx.Rngs(0)), x2())
 
 
 def nnx_pure_dict() -> Example:
-    module = nnx.Linear(D, F, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(module)
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: nnx.Linear(D, F, rngs=nnx.Rngs(0)))
+    )
+    state = filled(abstract)
 
     def fn(pure, x):
         full = nnx.clone(state)
@@ -1037,8 +1045,8 @@ def nnx_pure_dict() -> Example:
 
 
 def nnx_linear_general() -> Example:
-    module = nnx.LinearGeneral((H, 8), D, axis=(-2, -1), rngs=nnx.Rngs(0))
-    return nnx_split(module, normal(B, T, H, 8, seed=9))
+    make = partial(nnx.LinearGeneral, (H, 8), D, axis=(-2, -1))
+    return nnx_split(lambda: make(rngs=nnx.Rngs(0)), normal(B, T, H, 8, seed=9))
 
 
 def nnx_embed() -> Example:
@@ -1049,12 +1057,12 @@ def nnx_embed() -> Example:
         def __call__(self, tokens):
             return self.embed.attend(jnp.tanh(self.embed(tokens)))
 
-    return nnx_split(Tied(nnx.Rngs(0)), ids())
+    return nnx_split(lambda: Tied(nnx.Rngs(0)), ids())
 
 
 def nnx_conv() -> Example:
-    module = nnx.Conv(16, 8, (3, 3), rngs=nnx.Rngs(0))
-    return nnx_split(module, normal(1, 6, 6, 16, seed=9))
+    make = partial(nnx.Conv, 16, 8, (3, 3))
+    return nnx_split(lambda: make(rngs=nnx.Rngs(0)), normal(1, 6, 6, 16, seed=9))
 
 
 def nnx_scan() -> Example:
@@ -1074,7 +1082,7 @@ def nnx_scan() -> Example:
 
             return forward(x, self.layers)
 
-    return nnx_split(Stack(nnx.Rngs(0)), x2())
+    return nnx_split(lambda: Stack(nnx.Rngs(0)), x2())
 
 
 # ---------------------------------------------------------------------------- Haiku
@@ -1083,31 +1091,36 @@ def nnx_scan() -> Example:
 def haiku_mlp() -> Example:
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([F, D])(x)))
     shapes = jax.eval_shape(net.init, jax.random.key(0), x2())
-    params = jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
-    return Example(net.apply, params, (x2(),))
+    return Example(net.apply, filled(shapes), (x2(),))
 
 
 # -------------------------------------------------------------------------- Equinox
 
 
+def eqx_model(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """An Equinox module with numbers in its arrays."""
+    make = partial(layer, *args, key=jax.random.key(0), **kwargs)
+    return filled(eqx.filter_eval_shape(make))
+
+
 def equinox_linear() -> Example:
-    model = eqx.nn.Linear(D, F, key=jax.random.key(0))
+    model = eqx_model(eqx.nn.Linear, D, F)
     return Example(lambda m, x: jax.vmap(m)(x), model, (x2(),))
 
 
 def equinox_conv() -> Example:
-    model = eqx.nn.Conv2d(16, 8, 3, key=jax.random.key(0))
+    model = eqx_model(eqx.nn.Conv2d, 16, 8, 3)
     x = normal(1, 16, 6, 6, seed=9)
     return Example(lambda m, x: jax.vmap(m)(x), model, (x,))
 
 
 def equinox_embedding() -> Example:
-    model = eqx.nn.Embedding(32, D, key=jax.random.key(0))
+    model = eqx_model(eqx.nn.Embedding, 32, D)
     return Example(lambda m, t: jax.vmap(jax.vmap(m))(t), model, (ids(),))
 
 
 def equinox_mlp() -> Example:
-    model = eqx.nn.MLP(D, F, D, depth=1, key=jax.random.key(0))
+    model = eqx_model(eqx.nn.MLP, D, F, D, depth=1)
     arrays, static = eqx.partition(model, eqx.is_array)
 
     def fn(arrays, x):

@@ -46,13 +46,18 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 compiled_quantize = jit(jaxq.quantize, static_argnums=(1, 2))
 compiled_dequantize = jit(jaxq.dequantize)
 
-# Every format where a weight's numbers and views are at stake; where only the way to
-# the weight differs (loops, trees, libraries) the two that differ most.
+# Codebooks matter where products are computed, short groups where views cut them; where
+# only the way to a weight differs (loops, trees, libraries), two formats are enough.
+PLACES = {
+    "int8-channel": CASES,
+    "uint4-group32": CASES,
+    "nf4-group64": PRODUCTS,
+    "int3-group24": (*PRODUCTS, *VIEWS),
+}
 PAIRS = [
-    pytest.param(case, spec, id=f"{case.name}-{name}")
-    for case in CASES
-    for name, spec in SPECS.items()
-    if case in (*PRODUCTS, *VIEWS) or name in ("int8-channel", "uint4-group32")
+    pytest.param(case, SPECS[name], id=f"{case.name}-{name}")
+    for name, cases in PLACES.items()
+    for case in cases
 ]
 cases_with_known_sites = pytest.mark.parametrize(
     "case", [c for c in CASES if c.sites is not None], ids=lambda case: case.name
