@@ -63,6 +63,8 @@ def load(
     def restore(leaf_path: str) -> Any:
         return parameter.rebuild(leaf_path, found.params[leaf_path], arrays.__getitem__)
 
+    if like is None:  # unlike jax.tree.map, keeps the order of the keys
+        return structure.build(found.tree, restore)
     return jax.tree.map(restore, tree)
 
 

@@ -114,7 +114,7 @@ def _check(name: str, tensor: jax.ShapeDtypeStruct, sharding: Any) -> None:
     if not isinstance(sharding, Sharding):
         raise MismatchError(
             f"shardings has a {type(sharding).__name__} for {name!r}; give a "
-            "jax.sharding.Sharding, or None"
+            "jax.sharding.Sharding, such as NamedSharding(mesh, spec), or None"
         )
     try:
         sharding.shard_shape(tensor.shape)

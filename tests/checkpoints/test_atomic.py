@@ -44,7 +44,7 @@ def test_full_disk(tmp_path, backend, old, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
         try:
             with pytest.raises(
-                WriteError, match="8,000,000 bytes.*make room"
+                WriteError, match=r"8,000,000 bytes.*make room"
             ) as caught:
                 save(target, NEW, backend=backend, overwrite=True)
         finally:
@@ -92,13 +92,14 @@ def test_ctrl_c(old, backend, delay):
     """A real SIGINT, wherever it strikes: the old checkpoint, or the whole new one."""
     before = contents(old)
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            timer.start()
-            save(old, NEW, backend=backend, overwrite=True)
-            timer.join()
-    finally:
+
+    def save_until_then() -> None:
+        timer.start()
+        save(old, NEW, backend=backend, overwrite=True)
         timer.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        save_until_then()
     assert os.listdir(old.parent) == ["model"]
     if contents(old) != before:
         assert sorted(load(old)) == sorted(NEW)
@@ -155,7 +156,7 @@ def test_overwrite(old, backend):
 @backends
 @pytest.mark.parametrize("fails", [False, True])
 def test_overwrite_without_the_system_call(old, backend, fails, monkeypatch):
-    """Where two names cannot be exchanged in one step, a failing second one is undone."""
+    """Where two names cannot be exchanged in one step, a failing step is undone."""
     before = contents(old)
     monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
     if not fails:

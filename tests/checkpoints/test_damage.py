@@ -1,4 +1,4 @@
-"""Files that are truncated, altered, missing or not what they say: clear errors only."""
+"""Files that are truncated, altered, missing or not what they say: clear errors."""
 
 import json
 import re
