@@ -289,9 +289,8 @@ def _remark(first: Use, mine: Sequence[Use], leaf: Any, after: Any) -> str:
     length, block = leaf.shape[axis], after.block[axis]
     padded = padded_length(length, block, after.spec.bits)
     if padded != length:
-        remarks.append(
-            f"axis {axis} of {length} is padded to {padded} for groups of {block}"
-        )
+        unit = f"groups of {block}" if block < length else "whole bytes"
+        remarks.append(f"axis {axis} of {length} is padded to {padded} for {unit}")
     for use in mine:
         if not use.is_site:
             remarks.append(f"also met by {use.op}, which dequantizes it")
