@@ -68,6 +68,7 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
 
     Example:
         >>> import tempfile, jax.numpy as jnp
+        >>> from jaxq.checkpoints import load
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = save(f"{folder}/model", {"w": jnp.ones((2, 2))})
         ...     load(f"{folder}/model")["w"].shape
