@@ -15,6 +15,7 @@ from jaxq.observers import Observer, minmax
 from jaxq.plan import Plan, PlanRow, plan
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.recipe import Recipe
+from jaxq.scales import divide
 from jaxq.sharding import solve_on_mesh
 from jaxq.spec import QuantSpec
 
@@ -221,7 +222,7 @@ def _static_scales(
                 f"calibration saw NaN or Inf in the activation of {row.path!r}, so it "
                 f"has no static scale: repair the data or the model"
             )
-        scale = largest / row.rule.activation.number_format.highest
+        scale = divide(largest, row.rule.activation.number_format.highest)
         scales[row.path] = _per_weight(scale, row)
     return scales
 
