@@ -71,9 +71,8 @@ def evaluate(
 
 
 def _facts(lm: LM, found: Evaluation) -> dict[str, object]:
-    finite = found.perplexity if found.perplexity < float("inf") else None
     return {
-        "perplexity": finite,
+        "perplexity": found.perplexity,
         "kl": found.kl,
         "top1": found.top1,
         "tokens": found.tokens,

@@ -1,6 +1,7 @@
 """What goes to the terminal: results to stdout, progress and complaints to stderr."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,9 +29,17 @@ def errors() -> Console:
 
 
 def print_json(data: Any) -> None:
-    """Print plain data as JSON, which has no infinities: they become null."""
-    text = json.dumps(data, indent=2, allow_nan=False, default=str)
+    """Print plain data as JSON; what it has no number for (NaN, infinity) is null."""
+    text = json.dumps(_finite(data), indent=2, allow_nan=False, default=str)
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @contextmanager
