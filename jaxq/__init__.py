@@ -1,10 +1,14 @@
 """Quantize any JAX model, prove what it cost, and run it fast."""
 
+from jaxq.evaluate import perplexity as perplexity
 from jaxq.lift import Explanation as Explanation
 from jaxq.lift import Site as Site
 from jaxq.lift import explain as explain
 from jaxq.lift import quantized as quantized
 from jaxq.lift import sites as sites
+from jaxq.lm import LM as LM
+from jaxq.lm import generate as generate
+from jaxq.lm import load_model as load_model
 from jaxq.pipeline import calibrate as calibrate
 from jaxq.pipeline import dequantize_params as dequantize_params
 from jaxq.pipeline import quantize_params as quantize_params

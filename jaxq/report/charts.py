@@ -130,16 +130,10 @@ def histogram(found: Distribution) -> str:
         )
     for tick in x.ticks(6):
         parts.append(text(f"{tick:g}σ", x(tick), bottom + 16, class_="tick middle"))
-    share = found.outliers / max(found.total, 1)
+    said = f"largest {found.largest:.1f}σ · {found.outliers:,} of {short(found.total)}"
     parts += [
         text(found.title, 0, 13, class_="title"),
-        text(
-            f"largest {found.largest:.1f}σ · {found.outliers:,} beyond 6σ "
-            f"({share:.2g} of {short(found.total)})".replace("(0 of", "(of"),
-            0,
-            29,
-            class_="tick",
-        ),
+        text(f"{said} beyond {OUTLIER_SIGMAS:g}σ", 0, 29, class_="tick"),
         text(found.largest_at.removeprefix("params/"), 0, bottom + 36, class_="tick"),
     ]
     return picture(width, height, f"histogram of {found.title}", parts)

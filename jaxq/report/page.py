@@ -174,7 +174,7 @@ def _errors(report: Report) -> str:
     return (
         "<h2>Where the error is</h2>\n"
         "<p>How far each product's output is from the float one, on real activations: "
-        "‖XW − XŴ‖ / ‖XW‖. Darker is worse, within one recipe.</p>\n"
+        "‖XW − XŴ‖ / ‖XW‖. The stronger the colour, the worse, within one recipe.</p>\n"
         f"<style>{' '.join(rules)}</style>"
         f'<div class="tabs">{"".join(tabs)}</div>'
     )
