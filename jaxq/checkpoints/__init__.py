@@ -9,6 +9,7 @@ from jaxq.checkpoints.errors import UnsupportedError as UnsupportedError
 from jaxq.checkpoints.errors import VersionError as VersionError
 from jaxq.checkpoints.errors import WriteError as WriteError
 from jaxq.checkpoints.loading import load as load
+from jaxq.checkpoints.loading import load_abstract as load_abstract
 from jaxq.checkpoints.manifest import is_jaxq_checkpoint as is_jaxq_checkpoint
 from jaxq.checkpoints.saving import save as save
 from jaxq.checkpoints.summary import Summary as Summary

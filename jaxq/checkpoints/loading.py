@@ -68,6 +68,21 @@ def load(
     return jax.tree.map(restore, tree)
 
 
+def load_abstract(path: str | os.PathLike[str]) -> Any:
+    """Return the tree that `load` would, with shapes and dtypes in place of numbers.
+
+    Only the manifest is read. Useful to decide on shardings, or to plan.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: the manifest is missing or damaged.
+    """
+    found = manifest.read(Path(path).absolute())
+    return structure.build(found.tree, found.params.__getitem__)
+
+
 def _match(
     like: Any, params: Mapping[str, parameter.Abstract], folder: Path
 ) -> tuple[Any, dict[str, Sharding | None]]:

@@ -4,13 +4,15 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -20,7 +22,12 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxq.checkpoints import placement
 from jaxq.checkpoints.data_files import check_contents, fingerprint
-from jaxq.checkpoints.errors import CheckpointError, CorruptError, MismatchError
+from jaxq.checkpoints.errors import (
+    CheckpointError,
+    CorruptError,
+    MismatchError,
+    UnsupportedError,
+)
 from jaxq.checkpoints.manifest import DataFile, Manifest
 
 FOLDER = "arrays"
@@ -56,7 +63,15 @@ def write(
 
     Returns:
         The files written.
+
+    Raises:
+        UnsupportedError: several processes would have to agree on one folder.
     """
+    if jax.process_count() > 1:
+        raise UnsupportedError(
+            f"{jax.process_count()} processes run, and a checkpoint is written by one; "
+            "save the tree with orbax.checkpoint itself"
+        )
     ocp = _orbax()
     stored = {
         name: _convert(arrays[name], _stored_dtype(tensor))
@@ -68,7 +83,8 @@ def write(
     args = ocp.args.PyTreeSave(stored, ocdbt_target_data_file_size=shard_bytes)
     with _quiet(), _checkpointer(ocp) as checkpointer:
         try:
-            _interruptible(lambda: checkpointer.save(folder / FOLDER, args=args))
+            with _ctrl_c_later():
+                checkpointer.save(folder / FOLDER, args=args)
         except (ValueError, RuntimeError) as error:  # how TensorStore says: no room
             _settle(folder)
             full = "RESOURCE_EXHAUSTED" in str(error)
@@ -152,14 +168,32 @@ def _checkpointer(ocp: Any) -> Iterator[Any]:
         checkpointer.close()
 
 
-def _interruptible(save: Callable[[], object]) -> None:
-    """Call ``save``; if Ctrl-C comes meanwhile, raise once nothing writes any more.
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Let Ctrl-C take effect after the block; a second one does at once.
 
     Orbax writes from threads of its own, which an exception here does not stop: they
     would make the folder again after it was removed.
     """
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(save).result()
+    handler = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or not callable(handler):
+        yield
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        if caught:
+            handler(number, frame)
+        caught.append((number, frame))
+
+    signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[0])
 
 
 def _settle(folder: Path, calm: float = 0.5, patience: float = 30) -> None:

@@ -7,13 +7,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.checkpoints import ExistsError, WriteError, atomic, load, safetensors, save
+from jaxq.checkpoints import (
+    ExistsError,
+    WriteError,
+    atomic,
+    load,
+    orbax,
+    safetensors,
+    save,
+)
 from jaxq.checkpoints.backends import BACKENDS
 from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from tests.checkpoints.trees import contents
@@ -36,7 +46,7 @@ def assert_untouched(old: Path, before: dict[str, bytes]) -> None:
 
 
 @backends
-def test_full_disk(tmp_path, backend, old, monkeypatch):
+def test_full_disk(tmp_path, backend, old, capfd):
     """The system itself refuses to write on: here a limit on the size of files."""
     before = contents(old)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -53,6 +63,41 @@ def test_full_disk(tmp_path, backend, old, monkeypatch):
         assert isinstance(caught.value, OSError)
         assert isinstance(caught.value, CheckpointError)
         assert_untouched(old, before)
+    assert not "".join(capfd.readouterr()), "quiet"
+
+
+def test_orbax_threads_write_on_after_a_failure(tmp_path):
+    """They make the folder again, so it is removed until they are done."""
+    folder, stop = tmp_path / "partial", time.monotonic() + 0.4
+
+    def write_on() -> None:
+        while time.monotonic() < stop:
+            (folder / "d").mkdir(parents=True, exist_ok=True)
+            time.sleep(0.02)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(write_on)
+        orbax._settle(folder, calm=0.2)
+        assert time.monotonic() > stop
+        assert not folder.exists()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_waits_for_orbax(times):
+    """What Orbax's threads still write must not appear after the folder is removed."""
+    events = []
+
+    def slow() -> None:
+        with orbax._ctrl_c_later():
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+            events.append("written")
+
+    with pytest.raises(KeyboardInterrupt):
+        slow()
+    assert events == (["written"] if times == 1 else [])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("backend", ["safetensors"])

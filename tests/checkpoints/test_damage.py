@@ -193,6 +193,11 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], object], type, tuple[str, ..
         CorruptError,
         ("params/b", "bytes"),
     ),
+    "rank": (
+        lambda h: h["params/b"].update(shape=[2**62] * 300),
+        CorruptError,
+        ("params/b", "not a list of sizes"),
+    ),
     "no shape": (lambda h: h["params/b"].pop("shape"), CorruptError, ("no 'shape'",)),
     "no object": (lambda h: h.update({"params/b": 3}), CorruptError, ("is 3",)),
     "renamed": (

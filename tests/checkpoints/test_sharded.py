@@ -219,6 +219,13 @@ def test_orbax_alone_can_read_it(tmp_path):
     np.testing.assert_array_equal(found["w/codes"], tree["w"].codes)
 
 
+def test_many_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(CheckpointError, match=r"2 processes run.*orbax\.checkpoint"):
+        save(tmp_path / "model", {"x": jnp.ones(2)}, backend="orbax")
+    assert not list(tmp_path.iterdir())
+
+
 def test_backend_names(tmp_path):
     with pytest.raises(ValueError, match="safetensors"):
         save(tmp_path / "model", {}, backend="safetensor")

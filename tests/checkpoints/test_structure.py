@@ -13,7 +13,14 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from jaxq.checkpoints import CheckpointError, MismatchError, load, save, structure
+from jaxq.checkpoints import (
+    CheckpointError,
+    MismatchError,
+    load,
+    load_abstract,
+    save,
+    structure,
+)
 from jaxq.checkpoints.errors import UnsupportedError
 from jaxq.lift.trace import path_string
 from tests.checkpoints.trees import assert_same, unnamed, variants
@@ -212,6 +219,20 @@ def test_depth(tmp_path):
     assert_same(load(tmp_path / "model"), tree)
     with pytest.raises(CheckpointError, match="more than 100 levels deep"):
         save(tmp_path / "deep", [tree])
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_abstract(tmp_path, name):
+    """The tree that `jax.eval_shape` would give, from the manifest alone."""
+    folder = save(tmp_path / "model", TREES[name])
+    (folder / "model.safetensors").unlink()
+    found = load_abstract(folder)
+    if name == "values":
+        assert found == TREES[name]
+        return
+    wanted = jax.eval_shape(lambda: TREES[name])
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert jax.tree.leaves(found) == jax.tree.leaves(wanted)
 
 
 def test_names_are_not_saved(tmp_path):
