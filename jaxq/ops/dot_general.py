@@ -1,5 +1,6 @@
 """`jax.lax.dot_general` with a `QTensor` on either side."""
 
+import dataclasses
 import math
 
 import jax
@@ -41,12 +42,14 @@ def dot_general(
         The product, and which kernel ran.
     """
     (lc, rc), (lb, rb) = dimension_numbers
-    both = isinstance(lhs, QTensor) and isinstance(rhs, QTensor)
-    if both:
-        rhs = rhs.dequantize()
     on_left = isinstance(lhs, QTensor)
-    x, w = (rhs, lhs) if on_left else (lhs, rhs)
-    x_dims, w_dims = ((rc, rb), (lc, lb)) if on_left else ((lc, lb), (rc, rb))
+    if isinstance(lhs, QTensor):
+        x = rhs.dequantize() if isinstance(rhs, QTensor) else rhs
+        w, x_dims, w_dims = lhs, (rc, rb), (lc, lb)
+    elif isinstance(rhs, QTensor):
+        x, w, x_dims, w_dims = lhs, rhs, (lc, lb), (rc, rb)
+    else:
+        raise TypeError("neither side is quantized: use jax.lax.dot_general")
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
     try:
         y, choice = _as_matrices(x, w, x_dims, w_dims, precision)
@@ -89,6 +92,7 @@ def _as_matrices(
         return y.reshape(*rows, *columns), choice
     many = math.prod(batch)
     stack = _arrange(w, (*wb, *wc, *wf), (many, inner, math.prod(columns)))
+    stack = _own_scales(stack)
     flat = jnp.transpose(x, (*xb, *xf, *xc)).reshape(many, -1, inner)
     choices: list[Choice] = []
 
@@ -106,6 +110,19 @@ def _arrange(w: QTensor, permutation: Axes, shape: Axes) -> QTensor:
     if permutation != tuple(range(w.ndim)):
         w = views.transpose(w, permutation)
     return w if w.shape == shape else views.reshape(w, shape)
+
+
+def _own_scales(w: QTensor) -> QTensor:
+    """Give every matrix of a stack its own copy of what the matrices share."""
+    w, many, block = views.plain_scales(w), w.shape[0], w.blocks[0]
+
+    def own(a: jax.Array) -> jax.Array:
+        if 1 < a.shape[0] < many:
+            a = jnp.repeat(a, block, axis=0)[:many]
+        return jnp.broadcast_to(a, (many, *a.shape[1:]))
+
+    out = views.map_fields(w, own, codes=w.codes)
+    return dataclasses.replace(out, block=(1, *w.blocks[1:]))
 
 
 def _matmul(
