@@ -25,6 +25,11 @@ from jaxq.report import Result
 PER_RECIPE = 1.0 + 2.0 + 0.5
 PER_RUN = 1.0 + 0.5 + 1.0  # the float model, its activations, a line of text
 
+CAPTION = (
+    "bits: stored, per weight · KL: to float, nats · top-1: the same first choice\n"
+    "sec: to quantize, compiling included · tok/s: forward pass of the evaluation"
+)
+
 
 class Board:
     """A table of recipes, and the bar below it.
@@ -84,11 +89,17 @@ class Board:
     def render(self) -> RenderableType:
         """Return the table, and the bar while there is something to do."""
         table = Table(
-            title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            caption=CAPTION,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
         )
         table.add_column("recipe", style="bold", no_wrap=True)
         for name in (
-            "bits/weight", "size", "perplexity", "KL", "top-1", "seconds", "tokens/s",
+            "bits", "size", "perplexity", "KL", "top-1", "sec", "tok/s",
         ):  # fmt: skip
             table.add_column(name, justify="right", no_wrap=True)
         for recipe, row in self.rows.items():
@@ -111,7 +122,8 @@ class Board:
         if row is base:
             return [*shared, "–", "–", "–", rate]
         color = "green" if row.kl < 0.01 else "yellow" if row.kl < 0.1 else "red"
-        more = f" {row.perplexity / base.perplexity - 1:+.1%}"
+        worse = round(100 * (row.perplexity / base.perplexity - 1), 1) + 0.0  # no -0.0
+        more = f" {worse:+.1f}%"
         shared[2] = Text.assemble(f"{row.perplexity:.2f}", (more, color))
         return [
             *shared,
