@@ -23,6 +23,7 @@ NAME = "jaxq.json"
 FORMAT = "jaxq"
 VERSION = 1
 BACKENDS = ("safetensors", "orbax")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
@@ -218,6 +219,11 @@ def _files(files: Mapping[str, Any], where: str) -> Iterator[tuple[str, DataFile
         data = _object(data, f"{where}: file {name!r}")
         size = strict_json.get(data, "bytes", int, f"{where}: file {name!r}")
         digest = strict_json.get(data, "sha256", str, f"{where}: file {name!r}")
+        if not _SHA256.fullmatch(digest):
+            raise CorruptError(
+                f"{where}: file {name!r} has the sha256 {strict_json.shorten(digest)}, "
+                "which is none"
+            )
         yield name, DataFile(size, digest)
 
 

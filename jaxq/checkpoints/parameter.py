@@ -200,7 +200,8 @@ def _read_spec(data: Mapping[str, Any], field: str, where: str) -> QuantSpec:
     try:
         return QuantSpec.from_dict(fields)
     except (ValueError, TypeError, AttributeError) as error:
-        raise CorruptError(f"{where}: {field} is no QuantSpec: {error}") from error
+        reason = str(error)[:300]
+        raise CorruptError(f"{where}: {field} is no QuantSpec: {reason}") from error
 
 
 def _read_optional_spec(

@@ -376,6 +376,7 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, ...]]]
     "files": (lambda m: m.update(files=[]), ("'files' is []",)),
     "file": (lambda m: m["files"].update({FILE: 3}), (FILE, "is 3")),
     "file size": (lambda m: m["files"][FILE].update(bytes="9"), (FILE, "'9'")),
+    "file sum": (lambda m: m["files"][FILE].update(sha256="no"), (FILE, "'no'")),
     "no file": (lambda m: m.update(files={}), ()),
 }
 
@@ -411,7 +412,7 @@ def test_manifests(folder, case):
 def test_names_that_leave_the_folder(folder, name, where):
     def change(manifest: dict[str, Any]) -> None:
         if where == "files":
-            manifest["files"][name] = {"bytes": 1, "sha256": ""}
+            manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
         else:
             manifest["extra_files"] = [name]
 
