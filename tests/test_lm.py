@@ -1,5 +1,6 @@
 """`LM`: loading, generating, quantizing and saving whole models."""
 
+import importlib
 import json
 
 import jax
@@ -112,7 +113,8 @@ def test_streamed_pieces_are_whole_characters(lm, monkeypatch):
     """Bytes of one character arrive one by one; the pieces are never half of it."""
     made = lm.encode("aé漢b").tolist()
     tokens = (np.asarray([t], np.int32) for t in made)
-    monkeypatch.setattr("jaxq.generate.stream", lambda *a, **k: tokens)
+    module = importlib.import_module("jaxq.generate")
+    monkeypatch.setattr(module, "stream", lambda *a, **k: tokens)
     assert [p for p in lm.stream("x") if p] == ["a", "é", "漢", "b"]
 
 

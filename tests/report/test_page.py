@@ -41,7 +41,7 @@ ERRORS = tuple(
 
 @pytest.fixture
 def report(rng):
-    counted = distribution_of("w", {"params/w": rng.standard_t(2, 5000)})
+    counted = distribution_of("w < 1", {"params/a & b": rng.standard_t(2, 5000)})
     return Report(
         "the <b>model</b>",
         (("parameters", "5"),),
