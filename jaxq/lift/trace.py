@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.extend import core as jexc
+from jax.sharding import AxisType
 
 from jaxq.qtensor import QTensor, is_qtensor
 
@@ -59,10 +60,7 @@ class Call:
     def cache_key(self) -> Any:
         """Return a key under which a trace of this call may be reused, or None."""
         static = tuple(x for x in self.leaves if not isinstance(x, _ARRAYS))
-        shapes = tuple(
-            (x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-            for x in self.avals()
-        )
+        shapes = tuple(map(jax.typeof, self.avals()))
         key = (self.treedef, self.dynamic, shapes, static, _types(static))
         try:
             hash(key)
@@ -109,9 +107,12 @@ def trace(fn: Callable[..., Any], call: Call) -> Trace:
 
 def abstract(x: Any) -> Any:
     """Return what a traced function sees of an array leaf."""
-    if isinstance(x, QTensor):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return x
+    if not isinstance(x, QTensor):
+        return x
+    if AxisType.Manual in jax.typeof(x.codes).sharding.mesh.axis_types:
+        # inside a shard_map, where a type says over which mesh axes values differ
+        return jax.eval_shape(QTensor.dequantize, x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def path_string(path: Sequence[Any]) -> str:
