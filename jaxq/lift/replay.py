@@ -74,7 +74,7 @@ class Replay:
             return value.value
         if isinstance(value, QTensor):
             choice = Choice("dequantize", ((op, reason),))
-            self.uses.append(Use(value.name or "?", op, choice=choice))
+            self.uses.append(Use(_name(value), op, choice=choice))
             return value.dequantize()
         return value
 
@@ -105,8 +105,10 @@ class Replay:
             view = leaf.view(lambda a: self.float_equation(eqn, [a, *rest]), labels)
             if not rows:
                 return view
-            indexed = eqn.params["dimension_numbers"].start_index_map
-            row = [i for i in range(leaf.value.ndim) if i not in indexed]
+            # the axes taken whole; a start index along one (from vmap) is always 0
+            gone = eqn.params["dimension_numbers"].collapsed_slice_dims
+            sizes = zip(eqn.params["slice_sizes"], leaf.value.shape, strict=True)
+            row = [i for i, (n, m) in enumerate(sizes) if n == m and i not in gone]
             self.product(leaf, "gather", row, None)
             return view.value
         try:
@@ -145,7 +147,7 @@ class Replay:
             path, contracted = leaf.path, leaf.original(contracting)
             stacked = tuple(sorted({*leaf.stacked, *leaf.original(batch)}))
         else:
-            path, contracted, stacked = leaf.name or "?", tuple(contracting), ()
+            path, contracted, stacked = _name(leaf), tuple(contracting), ()
         shape = None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
         self.uses.append(Use(path, op, contracted, stacked, shape, choice))
         if self.tap is not None and x is not None:
@@ -221,3 +223,8 @@ def _is_var(v: Any) -> bool:
 
 def _read(env: dict[Any, Any], v: Any) -> Any:
     return env[v] if _is_var(v) else v.val
+
+
+def _name(q: QTensor) -> str:
+    """Return the parameter's path, which is empty for a bare parameter."""
+    return "?" if q.name is None else q.name

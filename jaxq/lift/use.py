@@ -34,4 +34,4 @@ class Use:
     @property
     def is_site(self) -> bool:
         """Whether the operation is one that quantization is about."""
-        return self.op in SITE_OPS and self.contracting is not None
+        return self.op in SITE_OPS and bool(self.contracting)

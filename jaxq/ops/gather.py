@@ -33,8 +33,15 @@ def gather(
     Raises:
         ViewError: when the gather cuts a block or the packed axis.
     """
-    indexed = set(dimension_numbers.start_index_map)
-    indexed |= set(getattr(dimension_numbers, "operand_batching_dims", ()))
+    batching = set(getattr(dimension_numbers, "operand_batching_dims", ()))
+    dropped = set(dimension_numbers.collapsed_slice_dims) | batching
+    # an axis taken whole is not picked from: vmap gives it a start index of 0
+    picked = (
+        axis
+        for axis in dimension_numbers.start_index_map
+        if axis in dropped or slice_sizes[axis] != w.shape[axis]
+    )
+    indexed = {*picked, *batching}
     _check_blocks(w, indexed, slice_sizes)
     if isinstance(w.scales, QTensor):
         w = plain_scales(w)
@@ -48,8 +55,6 @@ def gather(
                 sizes[axis] = a.shape[axis]
         return bind(jnp.broadcast_to(a, shape), indices, tuple(sizes))
 
-    dropped = set(dimension_numbers.collapsed_slice_dims)
-    dropped |= set(getattr(dimension_numbers, "operand_batching_dims", ()))
     kept = [axis for axis in range(w.ndim) if axis not in dropped]
     out = map_fields(w, rows)
     axis, block = 0, [1] * out.ndim
