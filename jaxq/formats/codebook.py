@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.formats.base import Format
@@ -107,19 +108,28 @@ class CodebookFormat(Format):
 
     def decode(self, codes: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the numbers of the codes."""
-        table = jnp.asarray(self.table, jnp.float32).astype(dtype)
         if self.bits > 4:
+            table = jnp.asarray(self.table, jnp.float32).astype(dtype)
             return table[codes.astype(jnp.int32)]
-        return _select(codes, table, 2**self.bits)
+        return _select(codes, self.table).astype(dtype)
 
 
-def _select(codes: jax.Array, table: jax.Array, size: int) -> jax.Array:
-    """Look codes up by a tree of selects: XLA vectorizes it, unlike a gather."""
-    values = [table[i] for i in range(size)]
-    bit = 1
+def _select(codes: jax.Array, table: tuple[float, ...]) -> jax.Array:
+    """Look codes up by a tree of selects: XLA vectorizes it, unlike a gather.
+
+    The lowest bit chooses between two constants by arithmetic on their bit patterns.
+    A select would need them as arrays, which JAX moves out of a loop that is
+    differentiated: sixteen arrays of the size of a tile.
+    """
+    words = np.asarray(table, np.float32).view(np.int32).tolist()
+    lowest = -(codes.astype(jnp.int32) & 1)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    patterns = [(lowest & (odd ^ even)) ^ even for even, odd in pairs]
+    values = [lax.bitcast_convert_type(p, jnp.float32) for p in patterns]
+    bit = 2
     while len(values) > 1:
         taken = (codes & bit) != 0
-        pairs = zip(values[::2], values[1::2], strict=True)
-        values = [jnp.where(taken, odd, even) for even, odd in pairs]
+        choices = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(taken, odd, even) for even, odd in choices]
         bit *= 2
     return values[0]
