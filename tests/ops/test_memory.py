@@ -49,8 +49,8 @@ def input_gradient(x, q):
 @pytest.mark.parametrize("fn", [product, input_gradient], ids=["forward", "backward"])
 def test_no_float_copy_of_the_weight(fn, kind, rows):
     x, q = abstract(kind, rows)
-    # the float32 weight has 16 MiB; a tile of at most 512 rows has 4
-    assert temporary_bytes(fn, x, q) < 0.6 * 4 * SIZE * SIZE
+    # the float32 weight has 16 MiB; a tile of at most 512 rows has 4, its gradient too
+    assert temporary_bytes(fn, x, q) < 0.7 * 4 * SIZE * SIZE
 
 
 def test_the_measure_sees_a_copy():
