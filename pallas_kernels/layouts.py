@@ -13,9 +13,11 @@ vectors, never a permutation, and a matrix product can consume the fields one by
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MAX_PACK = 128
 
@@ -25,11 +27,6 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     if not 1 <= bits <= 8:
         raise ValueError(f"bits must lie in 1..8, got {bits}")
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
-
-
-def pieces_per_block(bits: int) -> int:
-    """Return how many contiguous row ranges a block unpacks to: ``4 bits -> 2``."""
-    return 8 // plane_widths(bits)[-1]
 
 
 def pack_block(length: int, bits: int, group: int) -> int:
@@ -93,31 +90,39 @@ def pack(codes: jax.Array, bits: int, axis: int, block: int) -> jax.Array:
     return jnp.moveaxis(out.reshape(-1, *out.shape[2:]), 0, axis)
 
 
-def unpack_pieces(packed: jax.Array, bits: int) -> list[jax.Array]:
-    """Unpack blocks ``[..., block * bits / 8, N]`` into their contiguous row ranges.
+def split_planes(packed: jax.Array, bits: int, block: int) -> tuple[jax.Array, ...]:
+    """Return the planes of ``packed[..., K · bits / 8, N]``, low bits first.
 
     Returns:
-        ``pieces_per_block(bits)`` arrays ``[..., block / pieces, N]`` (uint8); piece
-        ``i`` holds rows ``i * block / pieces`` onwards of its block.
+        One array ``[..., K / block, block · width / 8, N]`` (uint8) per plane width;
+        for a single plane a mere reshape, for several a copy.
     """
-    if bits == 8:
-        return [packed]
-    n_pieces = pieces_per_block(bits)
-    block = packed.shape[-2] * 8 // bits
-    size = block // n_pieces
-    pieces: list[jax.Array | None] = [None] * n_pieces
-    start, low = 0, 0
+    lead, columns = packed.shape[:-2], packed.shape[-1]
+    rows = packed.reshape(*lead, -1, block * bits // 8, columns)
+    planes, start = [], 0
     for width in plane_widths(bits):
-        n, rows = 8 // width, block * width // 8
-        plane = packed[..., start : start + rows, :]
-        for i in range(n_pieces):
-            field, offset = divmod(i, n_pieces // n)
-            part = plane[..., offset * size : (offset + 1) * size, :]
-            bits_of = (part >> (width * field)) & ((1 << width) - 1)
-            known = pieces[i]
-            pieces[i] = bits_of if known is None else known | (bits_of << low)
-        start, low = start + rows, low + width
-    return [piece for piece in pieces if piece is not None]
+        stop = start + block * width // 8
+        planes.append(rows[..., start:stop, :])
+        start = stop
+    return tuple(planes)
+
+
+def join_planes(planes: Sequence[jax.Array], bits: int) -> jax.Array:
+    """Return the codes ``[..., blocks, block, N]`` of the planes of `split_planes`.
+
+    A shift that differs from field to field and a mask: arithmetic on whole vectors,
+    which XLA fuses into whatever comes next. Concatenating the fields would not fuse.
+    """
+    codes, low = None, 0
+    for plane, width in zip(planes, plane_widths(bits), strict=True):
+        n = 8 // width
+        shift = np.arange(n, dtype=np.uint8)[:, None, None] * np.uint8(width)
+        fields = (plane[..., None, :, :] >> shift) & np.uint8(2**width - 1)
+        shape = (*plane.shape[:-2], n * plane.shape[-2], plane.shape[-1])
+        fields = fields.reshape(shape) << np.uint8(low)
+        codes = fields if codes is None else codes | fields
+        low += width
+    return codes
 
 
 def unpack(packed: jax.Array, bits: int, axis: int, block: int) -> jax.Array:
@@ -126,6 +131,5 @@ def unpack(packed: jax.Array, bits: int, axis: int, block: int) -> jax.Array:
         return packed
     rows = jnp.moveaxis(packed, axis, 0)
     tail = rows.shape[1:]
-    rows = rows.reshape(-1, block * bits // 8, math.prod(tail))
-    out = jnp.concatenate(unpack_pieces(rows, bits), axis=1)
-    return jnp.moveaxis(out.reshape(-1, *tail), 0, axis)
+    planes = split_planes(rows.reshape(rows.shape[0], math.prod(tail)), bits, block)
+    return jnp.moveaxis(join_planes(planes, bits).reshape(-1, *tail), 0, axis)

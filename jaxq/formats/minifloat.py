@@ -1,4 +1,4 @@
-"""8-bit floating point: the codes are the bit patterns of a native JAX dtype."""
+"""Floating point of 8 and 4 bits: a code is a sign, an exponent and a mantissa."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.formats.base import Format
+from jaxq.formats.codebook import CodebookFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,4 +38,33 @@ class MinifloatFormat(Format):
 
     def decode(self, codes: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the numbers of the bit patterns."""
-        return lax.bitcast_convert_type(codes, self.dtype).astype(dtype)
+        info = jnp.finfo(self.dtype)
+        bias = 1 - info.minexp
+        values = _read(codes, 8, info.nmant, bias)
+        if info.maxexp + bias == 2**info.nexp:
+            # e4m3fn spends its largest exponent on numbers; only its last code is NaN
+            values = jnp.where((codes & 0x7F) == 0x7F, jnp.float32(jnp.nan), values)
+        return values.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FourBitFloatFormat(CodebookFormat):
+    """fp4 e2m1 (OCP Microscaling v1.0): rounds like its table, decodes like a float."""
+
+    def decode(self, codes: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """Return the numbers of the bit patterns."""
+        return _read(codes, 4, 1, 1).astype(dtype)
+
+
+def _read(codes: jax.Array, bits: int, mantissa: int, bias: int) -> jax.Array:
+    """Return the float32 numbers of floating point codes, subnormal ones included.
+
+    Moved to the places of a float16, the bits stand for ``2^(bias - 15)`` times the
+    number. That is exact, and converts to float32 in one vector instruction; XLA:CPU's
+    own conversion from 8 bits takes a dozen, a table of 16 numbers fifteen selects.
+    """
+    wide = codes.astype(jnp.uint16)
+    sign = (wide >> (bits - 1)) << 15
+    magnitude = (wide & (2 ** (bits - 1) - 1)) << (10 - mantissa)
+    half = lax.bitcast_convert_type(sign | magnitude, jnp.float16)
+    return half.astype(jnp.float32) * 2.0 ** (15 - bias)

@@ -74,7 +74,7 @@ def explain(
         >>> q = jaxq.quantize(jnp.ones((64, 8)), jaxq.QuantSpec("int8"))
         >>> rows = jaxq.explain(lambda w, x: x @ w, q, jnp.ones((2, 64)))
         >>> [row.choice.kernel for row in rows]
-        ['xla.tiled_dot']
+        ['xla.fused_dot']
     """
     call = Call.of((qparams, *example), kwargs)
     traced = trace(fn, call)

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxq.formats.codebook import CodebookFormat
 from jaxq.ops.activation import quantized_input, static_or_dynamic
 from jaxq.qtensor import QTensor
-from pallas_kernels.xla import integer_tiled_dot, tiled_dot
-from pallas_kernels.xla.integer_dot import integer_dot
+from pallas_kernels.xla import fused_dot, integer_dot, integer_tiled_dot, tiled_dot
+from pallas_kernels.xla.fused_dot import sum_block
 
+FEW_ROWS = 2  # up to here decoding once per row costs less than writing floats
 SMALL_ROWS = 16  # up to here a product reads weights, beyond it does arithmetic
 
 
@@ -36,7 +38,25 @@ class Problem:
         many = self.x.shape[0] > SMALL_ROWS
         return self.x.dtype if many and self.x.dtype == jnp.bfloat16 else jnp.float32
 
-    def column_values(self, values: jax.Array) -> jax.Array:
+    def arrays(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Return codes, and per column float32 scales and zeros in ``dtype``."""
+        zeros = self.w.zeros
+        return (
+            self.w.codes,
+            self.per_column(self.w.scale_values()),
+            None if zeros is None else self.per_column(zeros.astype(dtype)),
+        )
+
+    @property
+    def packing(self) -> dict[str, int]:
+        """How the kernels' codes are packed and grouped."""
+        return {
+            "bits": self.w.spec.bits,
+            "pack": self.w.pack,
+            "group": self.w.blocks[0],
+        }
+
+    def per_column(self, values: jax.Array) -> jax.Array:
         """Spread one value per block over columns: ``[groups, N]``."""
         columns, block = self.w.shape[1], self.w.blocks[1]
         if values.shape[1] == columns:
@@ -79,17 +99,30 @@ def _needs_planar(p: Problem) -> str | None:
     return "the weight has an offset" if p.w.offset is not None else None
 
 
+def _needs_few_rows(p: Problem) -> str | None:
+    if not 0 < p.x.shape[0] <= FEW_ROWS:
+        return f"{p.x.shape[0]} rows: decoding once for all of them is faster"
+    fmt, (bits, pack, group) = p.w.spec.number_format, p.packing.values()
+    if bits > 4 and isinstance(fmt, CodebookFormat):
+        return f"looking up a table of {2**bits} numbers does not vectorize"
+    rows = p.w.codes.shape[0] * 8 // bits
+    if group < rows and group % sum_block(rows, bits, pack, group):
+        return f"groups of {group} cut packed blocks"
+    return _needs_planar(p)
+
+
 def _needs_integers(p: Problem) -> str | None:
     act = p.w.activation
     if act is None:
         return "the activation stays float"
-    if act.format != "int8" or act.block not in ("token", "channel", "tensor"):
+    rows = act.block in ("token", "channel", "tensor")
+    if act.format != "int8" or not (rows and act.symmetric):
         return f"the activation is {act.describe()}, not int8 per token or tensor"
     fmt = p.w.spec.number_format
     if not fmt.is_integer:
         return f"the weight is {fmt.name}, not an integer"
-    if fmt.name == "uint8":
-        return "uint8 codes less a zero point do not fit int8"
+    if fmt.name == "uint8" or (fmt.bits == 8 and p.w.zeros is not None):
+        return f"{fmt.name} codes less a zero point do not fit int8"
     group = p.w.blocks[0]
     if fmt.bits < 8 and group < p.w.shape[0] and group % 8:
         return f"groups of {group} cut packed bytes"
@@ -106,40 +139,43 @@ def _needs_whole_int8(p: Problem) -> str | None:
     return _needs_integers(p)
 
 
+def _run_fused(p: Problem) -> jax.Array:
+    decode = p.w.spec.number_format.decode
+    if _needs_integers(p) is not None:
+        x = quantized_input(p.x, p.w)
+        return fused_dot(x, *p.arrays(jnp.float32), **p.packing, decode=decode)
+    # sums of a few products of small integers are exact in float32
+    q = static_or_dynamic(p.x, p.w, p.w.activation)
+    x = q.code_values()
+    y = fused_dot(x, *p.arrays(jnp.float32), **p.packing, decode=decode)
+    return y * q.scale_values()
+
+
 def _run_whole_int8(p: Problem) -> jax.Array:
     q = static_or_dynamic(p.x, p.w, p.w.activation)
     w = lax.bitcast_convert_type(p.w.codes, jnp.int8)
     x = lax.bitcast_convert_type(q.codes, jnp.int8)
     total = integer_dot(x, w).astype(jnp.float32)
-    return total * q.scale_values() * p.column_values(p.w.scale_values())
+    return total * q.scale_values() * p.per_column(p.w.scale_values())
 
 
 def _run_integer_tiles(p: Problem) -> jax.Array:
     q = static_or_dynamic(p.x, p.w, p.w.activation)
-    fmt, zeros = p.w.spec.number_format, p.w.zeros
+    fmt = p.w.spec.number_format
     total = integer_tiled_dot(
         lax.bitcast_convert_type(q.codes, jnp.int8),
-        p.w.codes,
-        p.column_values(p.w.scale_values()),
-        None if zeros is None else p.column_values(zeros.astype(jnp.int8)),
-        bits=fmt.bits,
-        pack=p.w.pack,
-        group=p.w.blocks[0],
+        *p.arrays(jnp.int8),
+        **p.packing,
         decode=lambda codes: fmt.decode(codes, jnp.int8),
     )
     return total * q.scale_values()
 
 
 def _run_tiles(p: Problem) -> jax.Array:
-    zeros = p.w.zeros
     return tiled_dot(
         quantized_input(p.x, p.w),
-        p.w.codes,
-        p.column_values(p.w.scale_values()),
-        None if zeros is None else p.column_values(zeros.astype(jnp.float32)),
-        bits=p.w.spec.bits,
-        pack=p.w.pack,
-        group=p.w.blocks[0],
+        *p.arrays(jnp.float32),
+        **p.packing,
         decode=p.w.spec.number_format.decode,
         compute=p.compute_dtype,
         precision=p.precision,
@@ -156,6 +192,7 @@ _ANY = ("cpu", "gpu", "tpu")
 
 # In order of preference. The last takes everything.
 KERNELS: tuple[Kernel, ...] = (
+    Kernel("xla.fused_dot", _ANY, _needs_few_rows, _run_fused),
     Kernel("xla.int8_dot", _ANY, _needs_whole_int8, _run_whole_int8),
     Kernel("xla.integer_tiled_dot", _ANY, _needs_integers, _run_integer_tiles),
     Kernel("xla.tiled_dot", _ANY, _needs_planar, _run_tiles),

@@ -1,4 +1,6 @@
 """Formulations in plain XLA: every backend runs them, a CPU runs them fast."""
 
+from pallas_kernels.xla.fused_dot import fused_dot as fused_dot
+from pallas_kernels.xla.integer_dot import integer_dot as integer_dot
 from pallas_kernels.xla.integer_dot import integer_tiled_dot as integer_tiled_dot
 from pallas_kernels.xla.tiled_dot import tiled_dot as tiled_dot

@@ -1,14 +1,10 @@
 """Integer products: int8 activations with int2..int8 weights, int32 sums per group."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.xla.tiles import Tiling
-
-Decode = Callable[[jax.Array], jax.Array]
+from pallas_kernels.xla.tiles import Decode, Tiling
 
 
 def integer_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -43,28 +39,18 @@ def integer_tiled_dot(
     Returns:
         float32 ``[M, N]``.
     """
-    rows = codes.shape[-2] * 8 // bits
-    if x.shape[1] != rows:
-        x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1])))
+    tiling = Tiling.of(codes, scales, bits, pack, group)
     single = scales.shape[-2] == 1
-    group = rows if single else group
-    limit = None if single else max(group, 128)
-    tiling = Tiling.of(rows, codes.shape[-1], bits, pack, group, limit)
+    planes = tiling.planes(codes)
 
     def step(
         total: jax.Array, tile: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        index, parts = tile
-        scale = None if single else tiling.groups_of(scales, index)
-        zero = None if zeros is None else tiling.groups_of(zeros, index)
-        for i, piece in enumerate(tiling.codes_of(codes, index)):
-            w = decode(piece)
-            w = w if zero is None else w - zero[i]
-            if scale is None:
-                total = total + integer_dot(parts[i], w.reshape(-1, w.shape[-1]))
-            else:
-                total = total + _grouped(parts[i], w, scale[i], tiling)
-        return total, None
+        index, x = tile
+        w = tiling.weight(planes, None, zeros, index, decode)
+        if single:
+            return total + integer_dot(x, w), None
+        return total + _grouped(x, w, tiling.groups(scales, index)), None
 
     dtype = jnp.int32 if single else jnp.float32
     start = jnp.zeros((x.shape[0], codes.shape[-1]), dtype)
@@ -73,20 +59,15 @@ def integer_tiled_dot(
     return total.astype(jnp.float32) * scales if single else total
 
 
-def _grouped(x: jax.Array, w: jax.Array, scale: jax.Array, tiling: Tiling) -> jax.Array:
-    """Multiply one piece, summing in int32 within a group and in float32 across them.
+def _grouped(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiply one tile, summing in int32 within a group and in float32 across them.
 
     Args:
-        x: ``[M, blocks · piece_rows]`` int8.
-        w: ``[blocks, piece_rows, N]`` int8.
-        scale: ``[blocks or 1, 1, N]``.
-        tiling: the geometry; its packing blocks lie inside groups.
+        x: ``[M, tile]`` int8.
+        w: ``[tile, N]`` int8.
+        scale: ``[groups, N]``, of the groups in this tile.
     """
-    groups = max(tiling.tile // tiling.group, 1)
-    if groups == 1:
-        total = integer_dot(x, w.reshape(-1, w.shape[-1]))
-        return total.astype(jnp.float32) * scale[0]
-    parts = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)
-    partial = integer_dot(parts, w.reshape(groups, -1, w.shape[-1]))
-    scale = scale[:: scale.shape[0] // groups]
-    return jnp.sum(partial.astype(jnp.float32) * scale, axis=0)
+    groups = scale.shape[0]
+    x = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)
+    partial = integer_dot(x, w.reshape(groups, -1, w.shape[-1]))
+    return jnp.sum(partial.astype(jnp.float32) * scale[:, None], axis=0)

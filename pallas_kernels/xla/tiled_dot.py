@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.xla.tiles import Tiling
+from pallas_kernels.xla.tiles import Decode, Tiling
 
-Decode = Callable[[jax.Array], jax.Array]
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -29,9 +28,8 @@ def tiled_dot(
 ) -> jax.Array:
     """Return ``x @ ((decode(codes) − zeros) · scales)`` without the float weight.
 
-    ``y = Σ_t x_t @ w_t`` over tiles ``t`` of rows; inside a tile every contiguous row
-    range of the packing is multiplied on its own, so that nothing is concatenated. The
-    body is rematerialized under differentiation: a gradient keeps no floats either.
+    ``y = Σ_t x_t @ w_t`` over tiles ``t`` of rows. The body is rematerialized under
+    differentiation: a gradient keeps no floats either.
 
     Args:
         x: activations ``[M, K]``; K may lack the weight's padding rows.
@@ -50,44 +48,31 @@ def tiled_dot(
     Returns:
         float32, ``[M, N]`` for the default ``dot``.
     """
-    rows = codes.shape[-2] * 8 // bits
-    group = rows if scales.shape[-2] == 1 else group
-    tiling = Tiling.of(rows, codes.shape[-1], bits, pack, group)
-    if x.shape[1] != rows:
-        x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1])))
-    if dot is None:
-        dot = _matmul(precision)
-    scale_last = scales.shape[-2] == 1 and codes.ndim == 2
+    tiling = Tiling.of(codes, scales, bits, pack, group)
+    multiply = _matmul(precision) if dot is None else dot
+    # one scale per column may wait until the sum is complete
+    last = scales.shape[-2] == 1 and codes.ndim == 2
+    planes = tiling.planes(codes)
+
+    @jax.checkpoint
+    def product(index: jax.Array, x: jax.Array) -> jax.Array:
+        w = tiling.weight(planes, None if last else scales, zeros, index, decode)
+        return multiply(x, w.astype(compute))
 
     def step(
         total: jax.Array, tile: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        index, parts = tile
-        pieces = tiling.codes_of(codes, index)
-        scale = None if scale_last else tiling.groups_of(scales, index)
-        zero = None if zeros is None else tiling.groups_of(zeros, index)
-        for i, piece in enumerate(pieces):
-            w = decode(piece)
-            w = w if zero is None else w - zero[i]
-            w = w if scale is None else w * scale[i]
-            w = w.reshape(*w.shape[:-3], -1, w.shape[-1]).astype(compute)
-            total = total + dot(parts[i], w)
-        return total, None
+        return total + product(*tile), None
 
     parts = tiling.split_activation(x.astype(compute))
-    out = jax.eval_shape(dot, x.astype(compute), _rows_like(codes, rows, compute))
-    start = jnp.zeros(out.shape, jnp.float32)
+    first = jnp.int32(0), parts[0]
     if tiling.steps == 1:
-        total, _ = jax.checkpoint(step)(start, (jnp.int32(0), parts[0]))
+        total = product(*first)
     else:
+        start = jnp.zeros(jax.eval_shape(product, *first).shape, jnp.float32)
         indices = jnp.arange(tiling.steps, dtype=jnp.int32)
-        total, _ = lax.scan(jax.checkpoint(step), start, (indices, parts))
-    return total * scales if scale_last else total
-
-
-def _rows_like(codes: jax.Array, rows: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-    """Return the abstract float weight of packed codes."""
-    return jax.ShapeDtypeStruct((*codes.shape[:-2], rows, codes.shape[-1]), dtype)
+        total, _ = lax.scan(step, start, (indices, parts))
+    return total * scales if last else total
 
 
 def _matmul(precision: lax.PrecisionLike) -> Dot:

@@ -1,4 +1,4 @@
-"""How a packed weight is walked: tiles of rows, and the row ranges inside a tile.
+"""How a packed weight is walked: tiles of rows, each small enough for the cache.
 
 Dequantizing a whole weight before a matrix product makes XLA:CPU write a float copy of
 it: 64 MiB for 4096 x 4096, and the product then runs at the speed of memory. Walking
@@ -7,15 +7,19 @@ over tiles of a few hundred rows keeps the floats in the cache.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels import layouts
 
+Decode = Callable[[jax.Array], jax.Array]
+
 ROWS_PER_TILE = 512
-ELEMENTS_PER_TILE = 1 << 20
+ELEMENTS_PER_TILE = 1 << 21
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Tiling:
     Attributes:
         rows: rows of the weight, padding included.
         bits: bits per code.
-        pack: rows per packing block.
+        pack: rows per packing block (for 8 bits, which need none: rows per scale).
         group: rows per scale (``rows`` when one scale serves all).
         tile: rows per step.
     """
@@ -38,27 +42,20 @@ class Tiling:
 
     @classmethod
     def of(
-        cls,
-        rows: int,
-        columns: int,
-        bits: int,
-        pack: int,
-        group: int,
-        limit: int | None = None,
+        cls, codes: jax.Array, scales: jax.Array, bits: int, pack: int, group: int
     ) -> "Tiling":
-        """Choose the largest tile within the limits that cuts no block and no group.
+        """Choose the largest tile in the cache that cuts no block and no group.
 
         Args:
-            rows: rows of the weight, padding included; a multiple of ``pack``.
-            columns: columns of the weight.
+            codes: ``[..., rows · bits / 8, N]``.
+            scales: ``[..., groups, N]``; one group stands for all rows.
             bits: bits per code.
             pack: rows per packing block.
-            group: rows per scale; at least ``rows`` when one scale serves all.
-            limit: the most rows per step; by default what stays in the cache.
+            group: rows per scale.
         """
-        group = min(group, rows)
+        rows, columns = codes.shape[-2] * 8 // bits, codes.shape[-1]
+        group = rows if scales.shape[-2] == 1 else group
         most = max(min(ROWS_PER_TILE, ELEMENTS_PER_TILE // max(columns, 1)), 1)
-        most = most if limit is None else limit
         unit = pack if bits < 8 else 1
         if group % unit:
             unit = math.lcm(unit, group)
@@ -68,68 +65,62 @@ class Tiling:
             if d % unit == 0 and (d % group == 0 or group % d == 0)
         ]
         tile = max((d for d in fits if d <= most), default=fits[0])
-        if bits == 8:
-            pack = min(group, tile)
-        return cls(rows, bits, pack, group, tile)
+        return cls(rows, bits, pack if bits < 8 else min(group, tile), group, tile)
 
     @property
     def steps(self) -> int:
         """The number of tiles."""
         return self.rows // self.tile
 
-    @property
-    def pieces(self) -> int:
-        """The contiguous row ranges that a packing block unpacks to."""
-        return layouts.pieces_per_block(self.bits)
-
-    @property
-    def piece_rows(self) -> int:
-        """The rows of one piece of one packing block."""
-        return self.pack // self.pieces
-
     def split_activation(self, x: jax.Array) -> jax.Array:
-        """Arrange ``x[M, rows]`` as ``[steps, pieces, M, tile / pieces]``."""
-        blocks = self.tile // self.pack
-        shape = (x.shape[0], self.steps, blocks, self.pieces, self.piece_rows)
-        parts = x.reshape(shape).transpose(1, 3, 0, 2, 4)
-        return parts.reshape(self.steps, self.pieces, x.shape[0], -1)
+        """Arrange ``x[M, rows]`` as ``[steps, M, tile]``; missing rows are zeros."""
+        x = jnp.pad(x, ((0, 0), (0, self.rows - x.shape[1])))
+        return x.reshape(x.shape[0], self.steps, self.tile).swapaxes(0, 1)
 
-    def codes_of(self, codes: jax.Array, step: jax.Array) -> list[jax.Array]:
-        """Return the pieces ``[..., blocks, piece_rows, N]`` (uint8) of tile ``step``."""
-        size = self.tile * self.bits // 8
-        tile = jax.lax.dynamic_slice_in_dim(
-            codes, step * size, size, axis=codes.ndim - 2
-        )
-        blocks = self.tile // self.pack
-        shape = (*codes.shape[:-2], blocks, size // blocks, codes.shape[-1])
-        return layouts.unpack_pieces(tile.reshape(shape), self.bits)
+    def planes(self, codes: jax.Array) -> tuple[jax.Array, ...]:
+        """Return the planes of all codes, for `weight`.
 
-    def groups_of(self, values: jax.Array, step: jax.Array) -> list[jax.Array]:
-        """Return per-group values spread so that they broadcast with `codes_of`.
-
-        Args:
-            values: ``[..., groups, N]``.
-            step: the tile.
+        Cut before the walk: two views of one slice inside it keep XLA:CPU from using
+        vector instructions (20 times slower).
         """
-        count = max(self.tile // self.group, 1)
-        first = step * self.tile // self.group
-        part = jax.lax.dynamic_slice_in_dim(values, first, count, axis=values.ndim - 2)
-        return [self._spread(part, piece) for piece in range(self.pieces)]
+        return layouts.split_planes(codes, self.bits, self.pack)
 
-    def _spread(self, part: jax.Array, piece: int) -> jax.Array:
-        """Spread one tile's group values ``[..., count, N]`` over one piece's rows."""
-        if part.shape[-2] == 1:
-            return part[..., None, :]
+    def weight(
+        self,
+        planes: Sequence[jax.Array],
+        scales: jax.Array | None,
+        zeros: jax.Array | None,
+        step: jax.Array,
+        decode: Decode,
+    ) -> jax.Array:
+        """Return tile ``step`` of the weight ``[..., tile, N]``, decoded and scaled."""
         blocks = self.tile // self.pack
+        here = [_slice(plane, step * blocks, blocks, -3) for plane in planes]
+        w = decode(layouts.join_planes(here, self.bits))
+        w = w if zeros is None else w - self._spread(zeros, step)
+        w = w if scales is None else w * self._spread(scales, step)
+        return w.reshape(*w.shape[:-3], self.tile, w.shape[-1])
+
+    def groups(self, values: jax.Array, step: jax.Array) -> jax.Array:
+        """Return tile ``step``'s part of ``values[..., groups, N]``."""
+        count = max(self.tile // self.group, 1)
+        return _slice(values, step * self.tile // self.group, count, -2)
+
+    def _spread(self, values: jax.Array, step: jax.Array) -> jax.Array:
+        """Return tile ``step``'s group values, to broadcast with ``[blocks, pack]``."""
+        part = self.groups(values, step)
+        blocks = self.tile // self.pack
+        if part.shape[-2] in (1, blocks):
+            return part[..., None, :]
         if self.group % self.pack:
-            row = np.arange(piece * self.piece_rows, (piece + 1) * self.piece_rows)
-            index = (np.arange(blocks)[:, None] * self.pack + row) // self.group
-            return part[..., index, :]
-        each = self.group // self.pack
-        out = jnp.broadcast_to(
-            part[..., :, None, :], (*part.shape[:-1], each, part.shape[-1])
-        )
-        return out.reshape(*part.shape[:-2], blocks, 1, part.shape[-1])
+            row = np.arange(self.tile).reshape(blocks, self.pack)
+            return part[..., row // self.group, :]
+        return jnp.repeat(part, self.group // self.pack, axis=-2)[..., None, :]
+
+
+def _slice(values: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
+    """Return ``size`` entries along ``axis`` (negative)."""
+    return lax.dynamic_slice_in_dim(values, start, size, axis=values.ndim + axis)
 
 
 def _divisors(n: int) -> list[int]:

@@ -54,14 +54,15 @@ def test_the_documented_picture_of_three_bits():
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_pieces_are_contiguous_rows(bits, rng):
-    codes = rng.integers(0, 2**bits, (64, 2), dtype=np.uint8)
-    packed, _ = there_and_back(codes, bits, 0, 64)
+def test_planes_join_to_the_codes_block_by_block(bits, rng):
+    codes = rng.integers(0, 2**bits, (2, 64, 3), dtype=np.uint8)
+    packed = jnp.stack([there_and_back(one, bits, 0, 16)[0] for one in codes])
     # leading axes ride along
-    stack = np.stack([packed, packed])
-    pieces = jax.jit(lambda p: layouts.unpack_pieces(p, bits))(stack)
-    assert len(pieces) == layouts.pieces_per_block(bits)
-    np.testing.assert_array_equal(np.concatenate(pieces, axis=1), [codes, codes])
+    planes = layouts.split_planes(packed, bits, 16)
+    widths = [plane.shape[-2] * 8 // 16 for plane in planes]
+    assert tuple(widths) == layouts.plane_widths(bits)
+    joined = jax.jit(lambda p: layouts.join_planes(p, bits))(planes)
+    np.testing.assert_array_equal(joined, codes.reshape(2, 4, 16, 3))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -1,0 +1,1 @@
+"""What jaxq costs and what it saves: `python -m benchmarks.<name>`."""
