@@ -57,7 +57,10 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"jaxq {importlib.metadata.version('jaxq')}")
+        try:
+            typer.echo(f"jaxq {importlib.metadata.version('jaxq')}")
+        except importlib.metadata.PackageNotFoundError:
+            typer.echo("jaxq, not installed: run from its source")
         raise typer.Exit
 
 

@@ -1,7 +1,7 @@
 """`jaxq inspect`: what a folder holds, without reading its numbers."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import typer
@@ -81,7 +81,7 @@ def _float_rows(lm: LM) -> list[Row]:
     ]
 
 
-def _float_facts(path: str, lm: LM, rows: list[Row]) -> dict[str, object]:
+def _float_facts(path: str, lm: LM, rows: list[Row]) -> dict[str, Any]:
     names = ("path", "shape", "spec", "bytes", "bits_per_weight")
     return {
         "path": path,

@@ -94,7 +94,7 @@ def quantize(  # noqa: PLR0913  one argument per option
         ("seconds", f"{facts['seconds']:.1f}"),
         ("written", f"{folder} ({to})"),
     ):
-        table.add_row(f"[dim]{name}[/]", str(value))
+        table.add_row(f"[dim]{name}[/]", value)
     results().print(table)
     hint = f"jaxq eval {output} --text TEXTFILE --reference {model}"
     errors().print(f"[dim]next:[/] {hint}", highlight=False)

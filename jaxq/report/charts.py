@@ -36,7 +36,7 @@ def pareto(
         title: of the vertical axis.
         unit: said behind the value in tooltips.
     """
-    width, height, left, right, top, bottom = 520, 360, 62, 500, 34, 300
+    width, height, left, right, top, bottom = 520, 346, 62, 500, 34, 300
     shown = [r for r in results if math.isfinite(measure(r))]
     floor = min([measure(r) for r in shown if measure(r) > 0], default=1.0) / 2
 
@@ -55,6 +55,9 @@ def pareto(
     spots = [(x(r.bits), y(loss(r))) for r in shown]
     for (px, py), result in zip(spots, shown, strict=True):
         kind = "both" if result.quantizes_activations else "weights"
+        kind += (
+            "" if measure(result) > 0 else " none"
+        )  # a logarithm has no place for it
         tip = (
             f"{result.recipe}\n{result.bits:.3f} bits per weight\n"
             f"{measure(result):.4g} {unit}"
@@ -104,9 +107,9 @@ def heat_map(errors: Sequence[MatrixError], measure: str) -> str:
         y = top + row * high
         parts.append(text(kind, left - 12, y + high / 2 + 4, class_="name end"))
         for error in (e for e in errors if e.kind == kind):
-            whole = error.layer is None
-            x = left if whole else left + wide * layers.index(error.layer)
-            span = right - left if whole else wide
+            x, span = left, right - left
+            if error.layer is not None:
+                x, span = left + wide * layers.index(error.layer), wide
             value = getattr(error, measure)
             parts.append(_cell(error, value, value / largest, (x, y, span, high)))
     height = top + high * len(kinds) + 6
@@ -248,7 +251,7 @@ def _cell(
         style=f"fill-opacity:{0.06 + 0.94 * share:.3f}",
         data_tip=tip,
     )
-    dark = " strong" if share > 0.55 else ""
+    dark = " strong" if share > 0.8 else ""
     label = text(
         f"{value:.1%}", x + wide / 2, y + high / 2 + 4, class_=f"value middle{dark}"
     )

@@ -149,8 +149,9 @@ def _pareto(results: Sequence[Result], small: Sequence[Result]) -> str:
         "<p>Down and to the left is better. Nothing here beats the recipes on the "
         "dashed line in both at once.</p>\n"
         '<p class="legend"><span><i></i>weights only</span><span><i class="both"></i>'
-        'weights and activations</span><span><i class="dash"></i>best for their size'
-        "</span></p>\n"
+        'weights and activations</span><span><i class="none"></i>no loss at all (drawn '
+        'at the bottom)</span><span><i class="dash"></i>best for their size</span>'
+        "</p>\n"
         f'<div class="pair">{cards}</div>'
     )
 
