@@ -41,7 +41,8 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
 
     The folder holds `jaxq.json`, which describes every parameter, and the numbers in
     safetensors or Orbax files. It appears under its name once everything is on the
-    disk. A full disk or Ctrl-C leaves nothing behind, and an older one as it was.
+    disk. A full disk or Ctrl-C leaves nothing behind, and an older one as it was; what
+    a killed process leaves is a hidden folder `.NAME.*.partial`, which may be removed.
 
     Args:
         path: the folder to make.
