@@ -40,7 +40,7 @@ SAMPLE_TOKENS = 48
 @guarded
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer recipes, less text: under a minute.")
+        bool, typer.Option("--quick", help="Fewer recipes, less text: about a minute.")
     ] = False,
     report: Annotated[
         str, typer.Option(metavar="FILE", help="Where the report goes.")

@@ -135,7 +135,7 @@ def histogram(found: Distribution) -> str:
         parts.append(text(f"{tick:g}σ", x(tick), bottom + 16, class_="tick middle"))
     said = f"largest {found.largest:.1f}σ · {found.outliers:,} of {short(found.total)}"
     parts += [
-        text(found.title, 0, 13, class_="title"),
+        text(found.title, 0, 11, class_="title"),
         text(f"{said} beyond {OUTLIER_SIGMAS:g}σ", 0, 29, class_="tick"),
         text(found.largest_at.removeprefix("params/"), 0, bottom + 36, class_="tick"),
     ]
@@ -183,7 +183,7 @@ def channel_profile(found: Channels) -> str:
     most = max(values) / (middle or 1)
     note = f"largest channel {most:.1f}× the median · {far} beyond 6×"
     parts += [
-        text(found.title, 0, 12, class_="title"),
+        text(found.title, 0, 9, class_="title"),
         text(note, 0, 26, class_="tick"),
         text(f"{len(values)} input channels", right, bottom + 18, class_="tick end"),
     ]
