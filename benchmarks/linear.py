@@ -96,7 +96,6 @@ def measure(rows: int, dtype: str, seconds: float, only: list[str] | None) -> Ta
             "" if error is None else f"{error:.1e}",
         )
 
-    vs = ("/ float32", "/ bfloat16")
     return Table(
         f"## {rows} x {SIZE} x {SIZE}, activations {dtype}",
         (

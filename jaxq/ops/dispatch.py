@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from jaxq.formats.codebook import CodebookFormat
 from jaxq.ops.activation import quantized_input, static_or_dynamic
+from jaxq.ops.derivative import Product, borrow_derivative
 from jaxq.qtensor import QTensor
 from pallas_kernels.xla import fused_dot, integer_dot, integer_tiled_dot, tiled_dot
 from pallas_kernels.xla.fused_dot import sum_block
@@ -75,12 +76,24 @@ class Kernel:
         backends: where it may run.
         declines: the reason it does not take a problem, or None.
         run: the float32 product ``[M, N]``.
+        derivative: the kernel whose derivative stands in for its own, if any.
     """
 
     name: str
     backends: tuple[str, ...]
     declines: Callable[[Problem], str | None]
     run: Callable[[Problem], jax.Array]
+    derivative: Callable[[Problem], jax.Array] | None = None
+
+    def __call__(self, p: Problem) -> jax.Array:
+        """Run, with the derivative that the table gives."""
+        if self.derivative is None:
+            return self.run(p)
+
+        def of(run: Callable[[Problem], jax.Array]) -> Product:
+            return lambda x, w: run(dataclasses.replace(p, x=x, w=w))
+
+        return borrow_derivative(of(self.run), of(self.derivative), p.x, p.w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +205,11 @@ _ANY = ("cpu", "gpu", "tpu")
 
 # In order of preference. The last takes everything.
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("xla.fused_dot", _ANY, _needs_few_rows, _run_fused),
-    Kernel("xla.int8_dot", _ANY, _needs_whole_int8, _run_whole_int8),
-    Kernel("xla.integer_tiled_dot", _ANY, _needs_integers, _run_integer_tiles),
+    Kernel("xla.fused_dot", _ANY, _needs_few_rows, _run_fused, _run_tiles),
+    Kernel("xla.int8_dot", _ANY, _needs_whole_int8, _run_whole_int8, _run_tiles),
+    Kernel(
+        "xla.integer_tiled_dot", _ANY, _needs_integers, _run_integer_tiles, _run_tiles
+    ),
     Kernel("xla.tiled_dot", _ANY, _needs_planar, _run_tiles),
     Kernel("xla.dequantize_dot", _ANY, lambda _: None, _run_dequantize),
 )
@@ -216,4 +231,4 @@ def choose(p: Problem) -> tuple[Kernel, Choice]:
 def multiply(p: Problem) -> tuple[jax.Array, Choice]:
     """Run the chosen kernel: float32 ``[M, N]`` and the record of the choice."""
     kernel, choice = choose(p)
-    return kernel.run(p), choice
+    return kernel(p), choice

@@ -66,19 +66,15 @@ def fused_dot(
             values = jnp.repeat(values, group // block, axis=0)
         return values[:, None]
 
-    @jax.checkpoint
-    def sums(
-        x: jax.Array, codes: jax.Array, scales: jax.Array, zeros: jax.Array | None
-    ) -> jax.Array:
+    def sums(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, block)
-        codes = codes.reshape(x.shape[0], -1, columns)
-        terms = list(_terms(x, codes, bits))
+        terms = list(_terms(x, codes.reshape(x.shape[0], -1, columns), bits))
         total = sum(factor * decode(code) for factor, code in terms)
         if zeros is not None:
             total = total - per_block(zeros) * sum(factor for factor, _ in terms)
         return (total * per_block(scales)).reshape(-1, columns)
 
-    parts = jnp.stack([sums(row, codes, scales, zeros) for row in x])
+    parts = jnp.stack([sums(row) for row in x])
     return jnp.ones(parts.shape[1], jnp.float32) @ parts
 
 
