@@ -1,5 +1,8 @@
 """Quantize any JAX model, prove what it cost, and run it fast."""
 
+from jaxq.checkpoints import CheckpointError as CheckpointError
+from jaxq.checkpoints import load as load
+from jaxq.checkpoints import save as save
 from jaxq.evaluate import perplexity as perplexity
 from jaxq.lift import Explanation as Explanation
 from jaxq.lift import Site as Site

@@ -1,6 +1,8 @@
 """What can be wrong with a checkpoint; every class is a `CheckpointError`."""
 
-from jaxq.checkpoints.huggingface import CheckpointError as CheckpointError
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete, damaged or not what its config says."""
 
 
 class CorruptError(CheckpointError):

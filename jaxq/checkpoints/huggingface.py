@@ -18,15 +18,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxq.checkpoints.errors import CheckpointError
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SHARD_BYTES = 5 * 10**9
 FLOATS = {"F64", "F32", "F16", "BF16"}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged or not what its config says."""
 
 
 class Slot(Protocol):

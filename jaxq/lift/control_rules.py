@@ -107,7 +107,7 @@ def scan(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def while_loop(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
-    """Replay a while loop; activations inside are not tapped (their number is unknown)."""
+    """Replay a while loop; activations inside are not tapped (who knows how many)."""
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]

@@ -40,7 +40,7 @@ class Explanation:
         )
 
     def __str__(self) -> str:
-        """Return a table: parameter, operation, kernel, and the reasons of the others."""
+        """Return a table: parameter, operation, kernel, why the others declined."""
         lines = []
         width = max((len(r.path) for r in self.rows), default=0)
         for row in self.rows:

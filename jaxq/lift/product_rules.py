@@ -1,4 +1,4 @@
-"""Products of an activation and a leaf: what the operation is, and what it sums over."""
+"""Products of an activation and a leaf: which operation, and what it sums over."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
