@@ -211,7 +211,7 @@ def conventional_uses(leaves: dict[str, Any]) -> list[Use]:
 def _row(path: str, leaf: Any, recipe: Recipe, uses: Sequence[Use], fn: Any) -> PlanRow:
     """Decide about one parameter."""
     mine = [use for use in uses if use.path == path]
-    products = [use for use in mine if use.is_site and use.contracting]
+    products = [use for use in mine if use.is_site]
     ops = tuple(dict.fromkeys(use.op for use in mine))
     shape, size = tuple(leaf.shape), math.prod(leaf.shape) * leaf.dtype.itemsize
     row = functools.partial(PlanRow, path, shape, leaf.dtype.name, ops)
@@ -277,7 +277,7 @@ def _no_product(mine: Sequence[Use], fn: Any) -> str:
     if not mine:
         return "the function does not use it"
     met = ", ".join(dict.fromkeys(use.op for use in mine))
-    if any(use.is_site for use in mine):
+    if any(use.contracting is not None for use in mine):
         return f"met by {met}, along none of its axes"
     return f"met by {met}, not by a product"
 

@@ -240,11 +240,14 @@ def test_conventions_and_function_agree_on_a_linen_model():
 
 
 def test_the_table_says_it_all():
-    rows = plan(None, {"up": {"kernel": abstract(128, 64)}}, "w4a8", group_size=32)
+    spec = QuantSpec("int4", 64, scale="bfloat16")
+    rule = Rule("*", spec, QuantSpec("int8", "token"), options={"clip": "mse"})
+    shapes = {"up": {"kernel": abstract(128, 64)}}
+    rows = plan(None, shapes, Recipe("mine", (rule,)), group_size=32)
     assert str(rows) == (
         "up/kernel          128x64        32,768 ->       4,608  int4 g32, bfloat16 "
         "scales × int8 per token (dynamic), rtn(clip=mse)\n"
-        "w4a8-g32: 1 of 1 parameters, 32,768 -> 4,608 bytes (7.11x smaller), "
+        "mine-g32: 1 of 1 parameters, 32,768 -> 4,608 bytes (7.11x smaller), "
         "4.500 bits/weight"
     )
 
