@@ -36,7 +36,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxq.checkpoints.huggingface import write_folder
-from jaxq.load import load_huggingface
+from jaxq.huggingface import load_huggingface
 from jaxq.models import FAMILIES, Llama, LlamaConfig
 
 END = "<|endoftext|>"

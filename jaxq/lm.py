@@ -155,7 +155,7 @@ class LM:
         seed: int = 0,
     ) -> Iterator[str]:
         """Yield the text of `generate` piece by piece, as it is made."""
-        from jaxq.generate import Sampling, stream
+        from jaxq.generation import Sampling, stream
 
         sampling = Sampling(temperature, top_k, top_p, seed)
         start = self._prompt_tokens(prompt)
@@ -320,7 +320,7 @@ def load_model(path: str | Path, dtype: Any = None, *, weights: bool = True) -> 
         >>> lm.quantize("w4a16").generate("import ")  # doctest: +SKIP
     """
     from jaxq.checkpoints.huggingface import read_config
-    from jaxq.load import read_tokenizer
+    from jaxq.huggingface import read_tokenizer
     from jaxq.models import find_family
 
     is_demo = str(path) == DEMO
@@ -366,7 +366,7 @@ def _read_params(
     """Return the parameters, and the recipe they were quantized with."""
     from jaxq.checkpoints import manifest
     from jaxq.checkpoints.loading import load
-    from jaxq.load import load_huggingface
+    from jaxq.huggingface import load_huggingface
 
     if manifest.is_jaxq_checkpoint(folder):
         recipe = manifest.read(folder).recipe

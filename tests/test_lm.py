@@ -113,7 +113,7 @@ def test_streamed_pieces_are_whole_characters(lm, monkeypatch):
     """Bytes of one character arrive one by one; the pieces are never half of it."""
     made = lm.encode("aé漢b").tolist()
     tokens = (np.asarray([t], np.int32) for t in made)
-    module = importlib.import_module("jaxq.generate")
+    module = importlib.import_module("jaxq.generation")
     monkeypatch.setattr(module, "stream", lambda *a, **k: tokens)
     assert [p for p in lm.stream("x") if p] == ["a", "é", "漢", "b"]
 

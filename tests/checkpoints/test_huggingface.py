@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxq.checkpoints import huggingface
 from jaxq.checkpoints.huggingface import CheckpointError, write_folder
-from jaxq.load import load_huggingface
+from jaxq.huggingface import load_huggingface
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 

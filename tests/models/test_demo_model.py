@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.load import load_huggingface
+from jaxq.huggingface import load_huggingface
 
 FOLDER = Path(__file__).parents[2] / "jaxq" / "demo_model"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxq.load import load_huggingface
+from jaxq.huggingface import load_huggingface
 from jaxq.models import Llama, LlamaConfig, empty_cache
 from jaxq.models.cache import PADDING
 from jaxq.models.llama import attend, visible

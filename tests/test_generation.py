@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.generate import GREEDY, Sampling, generate, stream
+from jaxq.generation import GREEDY, Sampling, generate, stream
+from jaxq.huggingface import load_huggingface
 from jaxq.lift import quantized
-from jaxq.load import load_huggingface
 from jaxq.pipeline import dequantize_params, quantize_params
 from jaxq.qtensor import QTensor
 
@@ -206,7 +206,7 @@ def test_the_cache_is_no_wider_than_the_weights():
     texts = run(model, PROMPTS, 4)
     assert [len(text) for text in texts] == [4] * 4
     leaves = jax.tree.leaves(model.params)
-    from jaxq.generate import _cache_dtype
+    from jaxq.generation import _cache_dtype
 
     assert _cache_dtype(model.params) == jnp.bfloat16
     assert _cache_dtype([*leaves, jnp.ones(2, jnp.float32)]) == jnp.float32
