@@ -15,8 +15,10 @@ from jaxq.qtensor import QTensor
 from pallas_kernels.xla import fused_dot, integer_dot, integer_tiled_dot, tiled_dot
 from pallas_kernels.xla.fused_dot import sum_block
 
-FEW_ROWS = 2  # up to here decoding once per row costs less than writing floats
-SMALL_ROWS = 16  # up to here a product reads weights, beyond it does arithmetic
+# Measured with benchmarks/linear.py on x86 with AMX, 4096 x 4096.
+FEW_ROWS = 2  # up to here, decoding for every row costs less than writing floats
+SMALL_ROWS = 4  # up to here, converting tiles to bfloat16 costs more than it saves
+MANY_ROWS = 256  # up to here, tiles of int8 stay in the cache; beyond, it is all one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Problem:
 
     @property
     def compute_dtype(self) -> DTypeLike:
-        """The operand dtype: float32, or bfloat16 for many rows of bfloat16."""
-        many = self.x.shape[0] > SMALL_ROWS
-        return self.x.dtype if many and self.x.dtype == jnp.bfloat16 else jnp.float32
+        """The operand dtype: float32, or bfloat16 for some rows of bfloat16."""
+        some = self.x.shape[0] > SMALL_ROWS
+        return self.x.dtype if some and self.x.dtype == jnp.bfloat16 else jnp.float32
 
     def arrays(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Return codes, and per column float32 scales and zeros in ``dtype``."""
@@ -129,7 +131,7 @@ def _needs_integers(p: Problem) -> str | None:
     if act is None:
         return "the activation stays float"
     rows = act.block in ("token", "channel", "tensor")
-    if act.format != "int8" or not (rows and act.symmetric):
+    if act.format != "int8" or not (rows and act.symmetric) or act.center:
         return f"the activation is {act.describe()}, not int8 per token or tensor"
     fmt = p.w.spec.number_format
     if not fmt.is_integer:
@@ -147,7 +149,7 @@ def _needs_whole_int8(p: Problem) -> str | None:
         return "the weight is not int8"
     if p.w.blocks[0] < p.w.shape[0]:
         return "the weight has several scales per column"
-    if p.x.shape[0] <= SMALL_ROWS:
+    if p.x.shape[0] <= MANY_ROWS:
         return f"{p.x.shape[0]} rows: a walk over tiles is faster"
     return _needs_integers(p)
 
