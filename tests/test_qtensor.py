@@ -223,6 +223,8 @@ def test_vmapped_quantize_is_a_stack(rng):
     assert same_bits(q, compiled(x, SMALL, 1, (0,)))
     want = oracle.dequantize(q).astype(np.float32)
     np.testing.assert_array_equal(q.dequantize(), want)
+    tiles = jax.vmap(lambda x: quantize(x, QuantSpec("int8", (16, 4))))(x)
+    assert tiles.blocks == (1, 16, 4)
 
 
 def test_scan_takes_layers_one_by_one(stack):

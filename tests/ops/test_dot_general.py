@@ -133,7 +133,14 @@ def test_dimension_numbers(case, rng):
     spec = QuantSpec("uint4", 16, symmetric=False)
     w = quantized(normal(rng, *shape), spec, axis, batch)
     x = normal(rng, *(right if on_left else left))
-    check(*((w, x) if on_left else (x, w)), numbers)
+    operands = (w, x) if on_left else (x, w)
+    check(*operands, numbers)
+    # none of these needs the weight in floats
+    choices = []
+    jax.eval_shape(
+        lambda *a: choices.append(ops.dot_general(*a, numbers)[1]), *operands
+    )
+    assert choices[0].kernel != "dequantize", choices[0]
 
 
 def random_case(rng):

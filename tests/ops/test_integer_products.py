@@ -180,6 +180,7 @@ def test_integer_kernels_take_what_they_should(rng):
         assert kernel_of(x, weight(values, spec)) in WHOLE_SUMS, spec
     for spec in (QuantSpec("nf4"), QuantSpec("uint8", 32, False)):
         assert kernel_of(x, weight(values, spec)) not in WHOLE_SUMS, spec
-    for activation in (None, QuantSpec("fp8_e4m3", "token")):
+    centered = QuantSpec("int8", "token", center=True)
+    for activation in (None, QuantSpec("fp8_e4m3", "token"), centered):
         q = weight(values, QuantSpec("int8"), activation)
         assert kernel_of(x, q) not in WHOLE_SUMS, activation
