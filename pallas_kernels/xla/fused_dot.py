@@ -66,16 +66,16 @@ def fused_dot(
             values = jnp.repeat(values, group // block, axis=0)
         return values[:, None]
 
-    def sums(x: jax.Array) -> jax.Array:
+    def one(x: jax.Array) -> jax.Array:
         x = x.reshape(-1, block)
         terms = list(_terms(x, codes.reshape(x.shape[0], -1, columns), bits))
         total = sum(factor * decode(code) for factor, code in terms)
         if zeros is not None:
             total = total - per_block(zeros) * sum(factor for factor, _ in terms)
-        return (total * per_block(scales)).reshape(-1, columns)
+        parts = (total * per_block(scales)).reshape(-1, columns)
+        return jnp.ones((1, parts.shape[0]), jnp.float32) @ parts
 
-    parts = jnp.stack([sums(row) for row in x])
-    return jnp.ones(parts.shape[1], jnp.float32) @ parts
+    return jnp.concatenate([one(row) for row in x])
 
 
 def _terms(

@@ -67,7 +67,10 @@ def _grouped(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
         w: ``[tile, N]`` int8.
         scale: ``[groups, N]``, of the groups in this tile.
     """
-    groups = scale.shape[0]
-    x = x.reshape(x.shape[0], groups, -1).swapaxes(0, 1)
-    partial = integer_dot(x, w.reshape(groups, -1, w.shape[-1]))
-    return jnp.sum(partial.astype(jnp.float32) * scale[:, None], axis=0)
+    # one product per group: XLA:CPU has no fast batched product of integers
+    xs = jnp.split(x, scale.shape[0], axis=1)
+    ws = jnp.split(w, scale.shape[0])
+    partial = [
+        integer_dot(a, b).astype(jnp.float32) for a, b in zip(xs, ws, strict=True)
+    ]
+    return sum(part * row for part, row in zip(partial, scale, strict=True))

@@ -43,7 +43,7 @@ def test_the_last_kernel_takes_everything():
 @pytest.mark.parametrize(
     ("n", "spec", "activation", "kernel"),
     [
-        (64, QuantSpec("int8"), QuantSpec("int8", "token"), "xla.int8_dot"),
+        (512, QuantSpec("int8"), QuantSpec("int8", "token"), "xla.int8_dot"),
         (
             64,
             QuantSpec("int4", 32),
