@@ -103,6 +103,9 @@ class Tiling:
 
     def groups(self, values: jax.Array, step: jax.Array) -> jax.Array:
         """Return tile ``step``'s part of ``values[..., groups, N]``."""
+        # padding to whole bytes can add groups that have no values
+        missing = self.rows // self.group - values.shape[-2]
+        values = jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, missing), (0, 0)])
         count = max(self.tile // self.group, 1)
         return _slice(values, step * self.tile // self.group, count, -2)
 
