@@ -86,6 +86,7 @@ def test_every_format(name, rng):
         (50, QuantSpec("int4", 16)),  # a ragged last group
         (72, QuantSpec("uint4", 12, symmetric=False)),  # groups cut packed blocks
         (60, QuantSpec("uint8", 20, symmetric=False)),
+        (60, QuantSpec("uint4", 20, symmetric=False)),  # padding adds a group
         (7, QuantSpec("uint5", "channel", symmetric=False)),
         (64, QuantSpec("int4", (16, 8))),
         (72, QuantSpec("fp8_e4m3", (16, 24))),  # ragged tiles on both sides
@@ -94,6 +95,12 @@ def test_every_format(name, rng):
         (64, QuantSpec("fp4_e2m1", 32, scale="e8m0")),
         (64, QuantSpec("int8", 16, scale="bfloat16", center=True)),  # with an offset
         (64, QuantSpec("int4", 4)),  # groups below a byte's rows
+        # more rows than one tile
+        (1536, QuantSpec("uint4", 64, symmetric=False)),
+        (1536, QuantSpec("int3", "channel")),
+        (1536, QuantSpec("int4", 768)),
+        (1560, QuantSpec("uint8", 24, symmetric=False)),
+        (1500, QuantSpec("nf4", (100, 16))),
     ],
     ids=lambda v: v.describe() if isinstance(v, QuantSpec) else str(v),
 )

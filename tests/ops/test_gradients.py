@@ -21,10 +21,13 @@ SPECS = {
 }
 
 
+INNER = 1056  # three tiles
+
+
 def problem(spec, rng, activation=None):
-    w = rng.standard_normal((96, 10)).astype(np.float32)
+    w = rng.standard_normal((INNER, 10)).astype(np.float32)
     q = jax.jit(lambda w: quantize(w, spec))(w)
-    factor = jnp.asarray(rng.uniform(0.5, 2, (96, 1)), jnp.float32)
+    factor = jnp.asarray(rng.uniform(0.5, 2, (INNER, 1)), jnp.float32)
     return dataclasses.replace(q, input_scale=factor, activation=activation)
 
 
@@ -52,7 +55,7 @@ def floats(tree):
 @pytest.mark.parametrize("name", SPECS)
 def test_weight_only(name, rows, rng):
     q = problem(SPECS[name], rng)
-    x = rng.standard_normal((rows, 96)).astype(np.float32)
+    x = rng.standard_normal((rows, INNER)).astype(np.float32)
     cotangent = rng.standard_normal((rows, 10)).astype(np.float32)
     got = gradients(fused, x, q, cotangent)
     want = gradients(lambda x, q: x @ q.dequantize(), x, q, cotangent)
@@ -70,7 +73,7 @@ def test_quantized_activations_pass_gradients_straight_through(name, rows, rng):
     """The activation's rounding counts as the identity (Bengio et al. 2013)."""
     spec = QuantSpec("int4", 32) if name == "w4" else SPECS[name]
     q = problem(spec, rng, QuantSpec("int8", "token"))
-    x = rng.standard_normal((rows, 96)).astype(np.float32)
+    x = rng.standard_normal((rows, INNER)).astype(np.float32)
     cotangent = rng.standard_normal((rows, 10)).astype(np.float32)
     got, _ = gradients(fused, x, q, cotangent)
     want, _ = gradients(lambda x, q: x @ q.dequantize(), x, q, cotangent)
@@ -92,7 +95,9 @@ def test_of_a_batched_product(rng):
 
 def test_forward_mode(rng):
     q = problem(SPECS["w4"], rng)
-    x, dx = (jnp.asarray(rng.standard_normal((3, 96)), jnp.float32) for _ in range(2))
+    x, dx = (
+        jnp.asarray(rng.standard_normal((3, INNER)), jnp.float32) for _ in range(2)
+    )
     y, dy = jax.jvp(lambda x: fused(x, q), (x,), (dx,))
     want = jax.jvp(lambda x: x @ q.dequantize(), (x,), (dx,))
     np.testing.assert_allclose(y, want[0], rtol=1e-3, atol=1e-3)

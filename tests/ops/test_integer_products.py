@@ -76,7 +76,7 @@ def kernel_of(x, q):
 
 def check(values, spec, activation=TOKEN, static=None, rng=None):
     q = weight(values, spec, activation, static)
-    rows = [rng.standard_normal((n, len(values))).astype("f4") for n in (1, 5, 33)]
+    rows = [rng.standard_normal((n, len(values))).astype("f4") for n in (1, 5, 300)]
     for x, y in zip(rows, three_sizes(*rows, q), strict=True):
         want, size = integer_oracle(x, q, static)
         # With one scale per column the sum is exact and three roundings follow;
@@ -108,6 +108,22 @@ def check(values, spec, activation=TOKEN, static=None, rng=None):
 )
 def test_products_are_exact_integer_sums(spec, rng):
     values = (rng.standard_normal((96, 40)) + 0.4).astype(np.float32)
+    check(values, spec, rng=rng)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("int8"),
+        QuantSpec("int4", 64),
+        QuantSpec("uint3", 96, symmetric=False),
+        QuantSpec("int8", 768),
+        QuantSpec("int4", 200),
+    ],
+    ids=QuantSpec.describe,
+)
+def test_more_rows_than_a_tile(spec, rng):
+    values = (rng.standard_normal((1536, 12)) + 0.2).astype(np.float32)
     check(values, spec, rng=rng)
 
 
@@ -166,7 +182,7 @@ def test_what_has_no_integer_kernel_reads_back(name, activation, rng):
     q = weight(
         rng.standard_normal((64, 10)).astype("f4"), QuantSpec(name, 32), activation
     )
-    rows = [rng.standard_normal((n, 64)).astype(np.float32) for n in (1, 5, 33)]
+    rows = [rng.standard_normal((n, 64)).astype(np.float32) for n in (1, 5, 300)]
     for x, y in zip(rows, three_sizes(*rows, q), strict=True):
         np.testing.assert_allclose(
             y, through_float(x, q, activation), rtol=1e-4, atol=1e-4
