@@ -55,7 +55,8 @@ def solve_on_mesh(solve: Callable[[jax.Array], QTensor], weight: Any) -> QTensor
         return shard_like(solve(weight), weight)
     like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
     placed = qtensor_shardings(jax.eval_shape(solve, like), sharding)
-    return jax.sharding.auto_axes(solve, out_sharding=placed)(weight)
+    on_mesh: Any = jax.sharding.auto_axes(solve, out_sharding=placed)
+    return on_mesh(weight)
 
 
 def _divides(mesh: Any, entry: str | Sequence[str] | None, length: int) -> bool:

@@ -12,7 +12,9 @@ So a field is a contiguous range of rows: unpacking is a shift and a mask of who
 vectors, never a permutation, and a matrix product can consume the fields one by one.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -113,16 +115,16 @@ def join_planes(planes: Sequence[jax.Array], bits: int) -> jax.Array:
     A shift that differs from field to field and a mask: arithmetic on whole vectors,
     which XLA fuses into whatever comes next. Concatenating the fields would not fuse.
     """
-    codes, low = None, 0
+    parts: list[jax.Array] = []
+    low = 0
     for plane, width in zip(planes, plane_widths(bits), strict=True):
         n = 8 // width
         shift = np.arange(n, dtype=np.uint8)[:, None, None] * np.uint8(width)
         fields = (plane[..., None, :, :] >> shift) & np.uint8(2**width - 1)
         shape = (*plane.shape[:-2], n * plane.shape[-2], plane.shape[-1])
-        fields = fields.reshape(shape) << np.uint8(low)
-        codes = fields if codes is None else codes | fields
+        parts.append(fields.reshape(shape) << np.uint8(low))
         low += width
-    return codes
+    return functools.reduce(operator.or_, parts)
 
 
 def unpack(packed: jax.Array, bits: int, axis: int, block: int) -> jax.Array:

@@ -1,7 +1,9 @@
 """The dispatch table: which kernel multiplies, and why the others declined."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +53,23 @@ class Problem:
         )
 
     @property
-    def packing(self) -> dict[str, int]:
+    def packing(self) -> dict[str, Any]:
         """How the kernels' codes are packed and grouped."""
         return {
             "bits": self.w.spec.bits,
             "pack": self.w.pack,
             "group": self.w.blocks[0],
         }
+
+    def quantized_activation(self) -> QTensor:
+        """Return ``x`` quantized as the weight asks.
+
+        Raises:
+            ValueError: when the weight leaves activations float.
+        """
+        if self.w.activation is None:
+            raise ValueError(f"{self.w!r} leaves its activations float")
+        return static_or_dynamic(self.x, self.w, self.w.activation)
 
     def per_column(self, values: jax.Array) -> jax.Array:
         """Spread one value per block over columns: ``[groups, N]``."""
@@ -86,16 +98,6 @@ class Kernel:
     declines: Callable[[Problem], str | None]
     run: Callable[[Problem], jax.Array]
     derivative: Callable[[Problem], jax.Array] | None = None
-
-    def __call__(self, p: Problem) -> jax.Array:
-        """Run, with the derivative that the table gives."""
-        if self.derivative is None:
-            return self.run(p)
-
-        def of(run: Callable[[Problem], jax.Array]) -> Product:
-            return lambda x, w: run(dataclasses.replace(p, x=x, w=w))
-
-        return borrow_derivative(of(self.run), of(self.derivative), p.x, p.w)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +162,14 @@ def _run_fused(p: Problem) -> jax.Array:
         x = quantized_input(p.x, p.w)
         return fused_dot(x, *p.arrays(jnp.float32), **p.packing, decode=decode)
     # sums of a few products of small integers are exact in float32
-    q = static_or_dynamic(p.x, p.w, p.w.activation)
+    q = p.quantized_activation()
     x = q.code_values()
     y = fused_dot(x, *p.arrays(jnp.float32), **p.packing, decode=decode)
     return y * q.scale_values()
 
 
 def _run_whole_int8(p: Problem) -> jax.Array:
-    q = static_or_dynamic(p.x, p.w, p.w.activation)
+    q = p.quantized_activation()
     w = lax.bitcast_convert_type(p.w.codes, jnp.int8)
     x = lax.bitcast_convert_type(q.codes, jnp.int8)
     total = integer_dot(x, w).astype(jnp.float32)
@@ -175,7 +177,7 @@ def _run_whole_int8(p: Problem) -> jax.Array:
 
 
 def _run_integer_tiles(p: Problem) -> jax.Array:
-    q = static_or_dynamic(p.x, p.w, p.w.activation)
+    q = p.quantized_activation()
     fmt = p.w.spec.number_format
     total = integer_tiled_dot(
         lax.bitcast_convert_type(q.codes, jnp.int8),
@@ -233,4 +235,19 @@ def choose(p: Problem) -> tuple[Kernel, Choice]:
 def multiply(p: Problem) -> tuple[jax.Array, Choice]:
     """Run the chosen kernel: float32 ``[M, N]`` and the record of the choice."""
     kernel, choice = choose(p)
-    return kernel(p), choice
+    w = dataclasses.replace(p.w, name=None)
+    return _product(p.x, w, kernel, p.precision), choice
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _product(
+    x: jax.Array, w: QTensor, kernel: Kernel, precision: lax.PrecisionLike
+) -> jax.Array:
+    """Run a kernel; jitted, so that equal layers of a model are traced once."""
+
+    def of(run: Callable[[Problem], jax.Array]) -> Product:
+        return lambda x, w: run(Problem(x, w, precision))
+
+    if kernel.derivative is None:
+        return of(kernel.run)(x, w)
+    return borrow_derivative(of(kernel.run), of(kernel.derivative), x, w)

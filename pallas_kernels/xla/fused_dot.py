@@ -1,6 +1,8 @@
 """Products with one row: decode, multiply and add in a single loop over the bytes."""
 
+import functools
 import math
+import operator
 from collections.abc import Iterator
 
 import jax
@@ -100,11 +102,12 @@ def _terms(
         for first in range(step):
             start = piece * size + first
             factor = x[:, start : (piece + 1) * size : step, None]
-            code, at, low = None, 0, 0
+            parts: list[jax.Array] = []
+            at, low = 0, 0
             for width in widths:
                 field, part = divmod(piece, pieces * width // 8)
                 rows = slice(at + part * size + first, at + (part + 1) * size, step)
                 bits_of = (codes[:, rows] >> (width * field)) & (2**width - 1)
-                code = bits_of if code is None else code | (bits_of << low)
+                parts.append(bits_of << low)
                 at, low = at + x.shape[1] * width // 8, low + width
-            yield factor, code
+            yield factor, functools.reduce(operator.or_, parts)

@@ -1,5 +1,8 @@
 """Integer products: int8 activations with int2..int8 weights, int32 sums per group."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -73,4 +76,5 @@ def _grouped(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
     partial = [
         integer_dot(a, b).astype(jnp.float32) for a, b in zip(xs, ws, strict=True)
     ]
-    return sum(part * row for part, row in zip(partial, scale, strict=True))
+    scaled = [part * row for part, row in zip(partial, scale, strict=True)]
+    return functools.reduce(operator.add, scaled)
