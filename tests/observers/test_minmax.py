@@ -74,6 +74,7 @@ def test_the_range_is_numpys(shape, dtype, rng):
     assert state.absmax == np.abs(wide).max()
     assert state.tokens == (np.prod(shape[:-1], dtype=int) if shape else 1)
     assert {a.dtype for a in (state.low, state.high)} == {jnp.dtype("float32")}
+    assert seen(minmax(), x, x, x).tokens == 3 * state.tokens
 
 
 def test_the_largest_magnitude_may_be_negative():

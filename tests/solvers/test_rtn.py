@@ -111,9 +111,7 @@ def test_percentiles_are_numpys(percent, weight):
     "spec",
     [
         QuantSpec("int2", GROUP),
-        QuantSpec("int4", "channel", grid="full"),
         QuantSpec("uint4", GROUP, False, scale="float16"),
-        QuantSpec("fp8_e5m2", "tensor"),
         QuantSpec("fp4_e2m1", GROUP, scale="e8m0"),
         QuantSpec("dynamic8", (16, 2), scale="e4m3"),
     ],
