@@ -1,6 +1,7 @@
 """What every test stands on: eight CPU devices, strict promotion, fixed seeds."""
 
 import os
+import signal
 
 # Read once, when JAX first looks for devices: must precede the import of jax.
 _FLAG = "--xla_force_host_platform_device_count"
@@ -15,6 +16,10 @@ import pytest
 from hypothesis import settings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# A run in the background of a shell ignores Ctrl-C, and so would the programs that the
+# tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine; a slow shared core is not a failure.
 settings.register_profile("jaxq", deadline=None, derandomize=True, print_blob=True)
