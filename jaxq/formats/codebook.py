@@ -100,11 +100,14 @@ class CodebookFormat(Format):
         """Return the code of the nearest number of the table."""
         _, codes, middle = self._levels
         x = x.astype(jnp.float32)
-        if len(middle) < 32:
-            index = sum(((x > t).astype(jnp.int32) for t in middle.tolist()), 0)
-        else:
-            index = jnp.searchsorted(jnp.asarray(middle), x, side="left")
-        return jnp.asarray(codes)[jnp.asarray(index, jnp.int32)]
+        if len(middle) >= 32:
+            return jnp.asarray(codes)[jnp.searchsorted(jnp.asarray(middle), x)]
+        # every threshold passed adds the step to the next code, modulo 256: unlike a
+        # look-up of the codes, that vectorizes
+        code = jnp.full(x.shape, codes[0])
+        for threshold, step in zip(middle.tolist(), np.diff(codes), strict=True):
+            code = code + jnp.where(x > threshold, step, np.uint8(0))
+        return code
 
     def decode(self, codes: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the numbers of the codes."""
