@@ -20,11 +20,9 @@ BLOCKS = ("tensor", "channel", "token", 32, (16, 8))
 NESTED = QuantSpec("uint8", 16, symmetric=False)
 DOUBLE = QuantSpec("dynamic8", 32, center=True)
 SCALES = ("float32", "bfloat16", "float16", "e4m3", "e8m0", NESTED, DOUBLE)
-# Every format with two blocks; scale dtypes and symmetry take turns.
+# Every format; blocks, scale dtypes and symmetry take turns.
 ROWS = [
-    (name, BLOCKS[(i + 2 * j) % 5], SCALES[(i + 3 * j) % 7], (i + j) % 2 == 0)
-    for i, name in enumerate(FORMATS)
-    for j in range(2)
+    (name, BLOCKS[i % 5], SCALES[i % 7], i % 2 == 0) for i, name in enumerate(FORMATS)
 ]
 SMALL = QuantSpec("uint4", 16, symmetric=False)
 
@@ -94,7 +92,7 @@ def test_every_format_block_and_scale(row):
 
 @pytest.mark.parametrize(
     "row",
-    ROWS[::5],
+    ROWS[2::6],
     ids=lambda r: f"{r[0]}-{r[1]}-{r[2] if isinstance(r[2], str) else 'q'}",
 )
 def test_compiled_equals_eager_bit_for_bit_and_compiles_once(row, rng):
@@ -157,11 +155,12 @@ def test_ragged_shapes_and_several_axes(shape, spec, axis, stacked, rng):
 
 def test_all_optional_fields_enter_the_sum(rng):
     x = jnp.asarray(rng.standard_normal((32, 6)), jnp.float32)
-    q = quantize(x, QuantSpec("nf4", 16, center=True))
+    q = compiled(x, QuantSpec("nf4", 16, center=True))
     assert q.offset.shape == (1, 1)
     factor = jnp.asarray(rng.uniform(0.5, 2, (32, 1)), jnp.float32)
     q = dataclasses.replace(q, input_scale=factor)
-    np.testing.assert_allclose(q.dequantize(), oracle.dequantize(q), rtol=1e-6)
+    got = jax.jit(QTensor.dequantize)(q)
+    np.testing.assert_allclose(got, oracle.dequantize(q), rtol=1e-6)
     assert q.nbytes == 32 * 6 // 2 + 2 * 6 * 4 + 4 + 32 * 4
 
 
@@ -222,8 +221,8 @@ def test_vmapped_quantize_is_a_stack(rng):
     assert q.blocks == (1, 16, 1)
     assert same_bits(q, compiled(x, SMALL, 1, (0,)))
     want = oracle.dequantize(q).astype(np.float32)
-    np.testing.assert_array_equal(q.dequantize(), want)
-    tiles = jax.vmap(lambda x: quantize(x, QuantSpec("int8", (16, 4))))(x)
+    np.testing.assert_array_equal(jax.jit(QTensor.dequantize)(q), want)
+    tiles = jax.jit(jax.vmap(lambda x: quantize(x, QuantSpec("int8", (16, 4)))))(x)
     assert tiles.blocks == (1, 16, 4)
 
 
@@ -284,7 +283,7 @@ def test_checkpoint_and_custom_derivatives_take_it(small):
         return x @ q.dequantize()
 
     x = jnp.ones((2, 32), jnp.float32)
-    plain, saved = (jax.grad(lambda x, f=f: f(x, small).sum()) for f in
+    plain, saved = (jax.jit(jax.grad(lambda x, f=f: f(x, small).sum())) for f in
                     (apply, jax.checkpoint(apply)))  # fmt: skip
     np.testing.assert_array_equal(plain(x), saved(x))
 

@@ -63,17 +63,17 @@ def normal(rng, *shape):
 
 
 @jax.jit
-def three_sizes(a, b, c, q):
-    """One, a few and many rows: different kernels."""
-    return tuple(ops.dot_general(x, q, MATMUL)[0] for x in (a, b, c))
+def two_sizes(a, b, q):
+    """One row and several: different kernels."""
+    return tuple(ops.dot_general(x, q, MATMUL)[0] for x in (a, b))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(name, rng):
     symmetric = not FORMATS[name].is_integer or FORMATS[name].bits % 2 == 0
     q = quantized(normal(rng, 96, 40), QuantSpec(name, 32, symmetric))
-    rows = [normal(rng, n, 96) for n in (1, 5, 33)]
-    for x, y in zip(rows, three_sizes(*rows, q), strict=True):
+    rows = [normal(rng, n, 96) for n in (1, 20)]
+    for x, y in zip(rows, two_sizes(*rows, q), strict=True):
         assert y.dtype == jnp.float32
         check(x, q, MATMUL, y)
 
@@ -106,8 +106,8 @@ def test_every_format(name, rng):
 )
 def test_every_kind_of_block(rows, spec, rng):
     q = quantized(normal(rng, rows, 40) + 0.5, spec)
-    inputs = [normal(rng, n, rows) for n in (1, 5, 33)]
-    for x, y in zip(inputs, three_sizes(*inputs, q), strict=True):
+    inputs = [normal(rng, n, rows) for n in (1, 20)]
+    for x, y in zip(inputs, two_sizes(*inputs, q), strict=True):
         check(x, q, MATMUL, y)
 
 
@@ -166,7 +166,7 @@ def random_case(rng):
     return [n for *_, n in x], [n for *_, n in w], tuple(numbers)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_dimension_numbers(seed):
     rng = np.random.default_rng(seed)
     x_shape, w_shape, ((xc, wc), (xb, wb)) = random_case(rng)

@@ -27,8 +27,14 @@ def weight(values, spec, activation=TOKEN, scale=None):
 
 
 @jax.jit
-def three_sizes(a, b, c, q):
-    return tuple(ops.dot_general(x, q, MATMUL)[0] for x in (a, b, c))
+def products(inputs, q):
+    return [ops.dot_general(x, q, MATMUL)[0] for x in inputs]
+
+
+def inputs(rng, q):
+    """As many rows as there are kernels for."""
+    sizes = (1, 5, 300) if q.spec.format == "int8" else (1, 5)
+    return [rng.standard_normal((n, q.shape[0])).astype(np.float32) for n in sizes]
 
 
 def numpy_activation(x, spec, static):
@@ -76,8 +82,8 @@ def kernel_of(x, q):
 
 def check(values, spec, activation=TOKEN, static=None, rng=None):
     q = weight(values, spec, activation, static)
-    rows = [rng.standard_normal((n, len(values))).astype("f4") for n in (1, 5, 300)]
-    for x, y in zip(rows, three_sizes(*rows, q), strict=True):
+    rows = inputs(rng, q)
+    for x, y in zip(rows, products(rows, q), strict=True):
         want, size = integer_oracle(x, q, static)
         # With one scale per column the sum is exact and three roundings follow;
         # otherwise groups, or a few products at a time, are added in float32.
@@ -182,8 +188,8 @@ def test_what_has_no_integer_kernel_reads_back(name, activation, rng):
     q = weight(
         rng.standard_normal((64, 10)).astype("f4"), QuantSpec(name, 32), activation
     )
-    rows = [rng.standard_normal((n, 64)).astype(np.float32) for n in (1, 5, 300)]
-    for x, y in zip(rows, three_sizes(*rows, q), strict=True):
+    rows = inputs(rng, q)
+    for x, y in zip(rows, products(rows, q), strict=True):
         np.testing.assert_allclose(
             y, through_float(x, q, activation), rtol=1e-4, atol=1e-4
         )
