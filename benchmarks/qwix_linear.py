@@ -1,7 +1,7 @@
 """The linear layer of `benchmarks.linear`, quantized by qwix instead.
 
-Run it with a Python that has qwix (`pip install qwix flax`); jaxq is not needed. Compare
-the ratios: both are to the float products of their own run.
+Run it with a Python that has qwix (`pip install qwix flax`); jaxq is not needed there.
+Compare the ratios: both are to the float products of their own run.
 """
 
 import functools

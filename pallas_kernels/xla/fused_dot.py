@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import layouts
-from pallas_kernels.xla.tiles import Decode
+from pallas_kernels.xla.tiles import Decode, all_groups
 
 TERMS = 16
 
@@ -65,7 +65,8 @@ def fused_dot(
     def per_block(values: jax.Array) -> jax.Array:
         """Spread ``[groups, N]`` over blocks: ``[blocks or 1, 1, N]``."""
         if values.shape[0] > 1:
-            values = jnp.repeat(values, group // block, axis=0)
+            values = all_groups(values, rows, group)
+            values = jnp.repeat(values, group // block, axis=0)[: rows // block]
         return values[:, None]
 
     def one(x: jax.Array) -> jax.Array:

@@ -103,9 +103,7 @@ class Tiling:
 
     def groups(self, values: jax.Array, step: jax.Array) -> jax.Array:
         """Return tile ``step``'s part of ``values[..., groups, N]``."""
-        # padding to whole bytes can add groups that have no values
-        missing = self.rows // self.group - values.shape[-2]
-        values = jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, missing), (0, 0)])
+        values = all_groups(values, self.rows, self.group)
         count = max(self.tile // self.group, 1)
         return _slice(values, step * self.tile // self.group, count, -2)
 
@@ -119,6 +117,12 @@ class Tiling:
             row = np.arange(self.tile).reshape(blocks, self.pack)
             return part[..., row // self.group, :]
         return jnp.repeat(part, self.group // self.pack, axis=-2)[..., None, :]
+
+
+def all_groups(values: jax.Array, rows: int, group: int) -> jax.Array:
+    """Return ``values[..., groups, N]`` with zeros for groups that only padding adds."""
+    missing = max(-(-rows // group) - values.shape[-2], 0)
+    return jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, missing), (0, 0)])
 
 
 def _slice(values: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
