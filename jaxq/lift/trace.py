@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from jaxq.qtensor import QTensor, is_qtensor
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor)
+ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, QTensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Call:
             (tuple(args), dict(kwargs)), is_leaf=is_qtensor
         )
         leaves = tuple(leaf for _, leaf in flat)
-        dynamic = tuple(i for i, x in enumerate(leaves) if isinstance(x, _ARRAYS))
+        dynamic = tuple(i for i, x in enumerate(leaves) if isinstance(x, ARRAYS))
         return cls(
             leaves,
             tuple(path_string(path[2:]) for path, _ in flat),
@@ -59,7 +59,7 @@ class Call:
 
     def cache_key(self) -> Any:
         """Return a key under which a trace of this call may be reused, or None."""
-        static = tuple(x for x in self.leaves if not isinstance(x, _ARRAYS))
+        static = tuple(x for x in self.leaves if not isinstance(x, ARRAYS))
         shapes = tuple(map(jax.typeof, self.avals()))
         key = (self.treedef, self.dynamic, shapes, static, _types(static))
         try:
