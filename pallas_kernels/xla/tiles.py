@@ -120,7 +120,7 @@ class Tiling:
 
 
 def all_groups(values: jax.Array, rows: int, group: int) -> jax.Array:
-    """Return ``values[..., groups, N]`` with zeros for groups that only padding adds."""
+    """Return ``values[..., groups, N]``, zero for groups that only padding adds."""
     missing = max(-(-rows // group) - values.shape[-2], 0)
     return jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, missing), (0, 0)])
 
