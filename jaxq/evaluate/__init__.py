@@ -12,3 +12,4 @@ from jaxq.evaluate.size import bits_per_weight as bits_per_weight
 from jaxq.evaluate.size import parameter_count as parameter_count
 from jaxq.evaluate.size import stored_bytes as stored_bytes
 from jaxq.evaluate.windows import cut_windows as cut_windows
+from jaxq.evaluate.windows import draw_windows as draw_windows

@@ -1,4 +1,4 @@
-"""A stream of tokens cut into windows of one length."""
+"""A stream of tokens cut into windows of one length, in order or drawn at random."""
 
 from collections.abc import Sequence
 
@@ -45,3 +45,51 @@ def cut_windows(
     length = min(length, stream.size)
     windows = stream[: stream.size // length * length].reshape(-1, length)
     return windows[:limit]
+
+
+def draw_windows(
+    tokens: Sequence[int] | np.ndarray, length: int, count: int, seed: int
+) -> np.ndarray:
+    """Draw windows at random offsets of a stream, as calibration data is drawn.
+
+    Offsets are distinct; windows may overlap. The same seed gives the same windows on
+    every machine (`numpy.random.default_rng`), so two recipes with one seed see the
+    same data.
+
+    Args:
+        tokens: the whole text as one stream.
+        length: tokens per window.
+        count: how many windows.
+        seed: of the draw, 0 or more.
+
+    Returns:
+        ``int32[count, length]``.
+
+    Raises:
+        ValueError: when the stream is shorter than a window, has fewer than ``count``
+            of them, or an argument is out of its range.
+
+    Example:
+        >>> draw_windows(range(100), 4, 2, seed=0).tolist()
+        [[81, 82, 83, 84], [61, 62, 63, 64]]
+    """
+    stream = np.asarray(tokens, dtype=np.int32)
+    for name, value, least in (
+        ("length", length, 1), ("count", count, 1), ("seed", seed, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name} is {value}; give {least} or more")
+    offsets = stream.size - length + 1
+    if offsets < 1:
+        raise ValueError(
+            f"the text has {stream.size:,} tokens, fewer than one window of {length:,}:"
+            f" give a longer text, or a shorter length"
+        )
+    if offsets < count:
+        raise ValueError(
+            f"the text has {stream.size:,} tokens, so {offsets:,} different windows of "
+            f"{length:,}, fewer than the {count:,} to draw: give a longer text, or "
+            f"draw fewer or shorter windows"
+        )
+    starts = np.random.default_rng(seed).choice(offsets, size=count, replace=False)
+    return stream[starts[:, None] + np.arange(length)]
