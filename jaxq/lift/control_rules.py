@@ -73,19 +73,12 @@ def checkpoint(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def scan(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
-    """Replay a scan: leaves among constants stay whole, stacked ones are sliced.
-
-    The arity is read from shapes, because the parameters' names differ between
-    versions of JAX: a carry has one shape inside and outside, a scanned value lost its
-    leading axis.
-    """
+    """Replay a scan: leaves among constants stay whole, stacked ones are sliced."""
     body = eqn.params["jaxpr"]
     inner = getattr(body, "jaxpr", body)
-    n_carry = _same(inner.outvars, eqn.outvars)
-    n_consts = _same(inner.invars, eqn.invars) - n_carry
-    consts, rest = values[:n_consts], values[n_consts:]
-    carried, stacks = rest[:n_carry], rest[n_carry:]
-    fixed = _invariant(carried, inner.invars[n_consts:], inner.outvars)
+    consts, carried, stacks = scan_arity(eqn, values)
+    n_carry = len(carried)
+    fixed = _invariant(carried, inner.invars[len(consts) :], inner.outvars)
     moving = [c for i, c in enumerate(carried) if i not in fixed]
     moving = replay.arrays(moving, "scan carry")
 
@@ -161,6 +154,23 @@ CONTROL_RULES: dict[str, Callable[..., list[Any]]] = {
     "while": while_loop,
     "cond": cond,
 }
+
+
+def scan_arity(
+    eqn: Any, values: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return a scan's operands as constants, carried values and scanned values.
+
+    The arity is read from shapes, because the parameters' names differ between
+    versions of JAX: a carry has one shape inside and outside, a scanned value lost its
+    leading axis.
+    """
+    body = eqn.params["jaxpr"]
+    inner = getattr(body, "jaxpr", body)
+    n_carry = _same(inner.outvars, eqn.outvars)
+    n_consts = _same(inner.invars, eqn.invars) - n_carry
+    rest = list(values[n_consts:])
+    return list(values[:n_consts]), rest[:n_carry], rest[n_carry:]
 
 
 def _body(eqn: Any) -> Any:

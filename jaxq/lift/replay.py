@@ -84,7 +84,7 @@ class Replay:
         alone = sum(map(is_leaf, values)) == 1
         if name in CONTROL_RULES:
             return CONTROL_RULES[name](self, eqn, values)
-        if name in PRODUCT_RULES and not _is_outer(eqn):
+        if name in PRODUCT_RULES and not is_outer(eqn):
             # of two leaves, the second is the weight and the first an activation
             if not alone:
                 values = [*self.arrays([first], name), *values[1:]]
@@ -211,7 +211,7 @@ class Replay:
         pending.clear()
 
 
-def _is_outer(eqn: Any) -> bool:
+def is_outer(eqn: Any) -> bool:
     """Whether a ``dot_general`` sums over nothing: a broadcast multiplication."""
     dimensions = eqn.params.get("dimension_numbers")
     return eqn.primitive.name == "dot_general" and not dimensions[0][0]

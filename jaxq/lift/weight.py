@@ -13,7 +13,9 @@ Labels = tuple[frozenset[int], ...]
 
 
 @functools.partial(
-    register_dataclass, data_fields=["value"], meta_fields=["path", "labels", "full"]
+    register_dataclass,
+    data_fields=["value"],
+    meta_fields=["path", "labels", "full", "index"],
 )
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -25,12 +27,14 @@ class Weight:
         labels: for each trailing axis the axes of the parameter it consists of. There
             may be more labels than axes: a scan takes leading axes away.
         full: the parameter's own shape.
+        index: which step's slice it is, one number per unrolled scan.
     """
 
     value: jax.Array
     path: str
     labels: Labels
     full: tuple[int, ...]
+    index: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, value: jax.Array, path: str) -> "Weight":
