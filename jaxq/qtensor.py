@@ -1,6 +1,7 @@
 """`QTensor`: a quantized array that is a pytree of plain arrays."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -20,13 +21,16 @@ DATA_FIELDS = (
     "zeros",
     "offset",
     "input_scale",
+    "input_index",
     "activation_scale",
+    "activation_zero",
 )
 STATIC_FIELDS = (
     "spec",
     "axis",
     "pack",
     "padding",
+    "rows",
     "block",
     "dtype",
     "activation",
@@ -39,6 +43,11 @@ STATIC_FIELDS = (
 class QTensor:
     """A quantized tensor: ``x ≈ ((code − zero) · scale + offset) · input_scale``.
 
+    With an ``input_index`` the stored matrix has other rows than the one it stands for:
+    the product gathers the activation's channels first, ``y = x[..., index] @ stored``,
+    so row k of the tensor is the sum of the stored rows whose index is k (a split
+    channel, Zhao et al. 2019; or a mere permutation, GPTQ's ``g_idx``).
+
     Every array has the rank of the tensor it stands for, and the static fields count
     axes from the end. So a leading axis (layers, experts, a batch) can be added or
     taken away by `jax.vmap`, `jax.lax.scan` or indexing, as with any array.
@@ -50,12 +59,17 @@ class QTensor:
         zeros: integer zero point per block, or None when symmetric.
         offset: float32 added after scaling, or None.
         input_scale: float32 factor per contracted element, or None; a matrix product
-            may apply it to the activation instead of the weight.
+            may apply it to the activation instead of the weight. One per stored row.
+        input_index: int32 channel of the activation that meets each stored row: as long
+            as ``axis`` there, 1 along the free axis; or None, each row its own.
         activation_scale: float32 static scale for ``activation``, or None (dynamic).
+        activation_zero: the zero point that goes with it (int8 or uint8), or None.
         spec: how it was quantized.
         axis: the packed axis, negative; the innermost contracted one.
         pack: rows per packing block along ``axis``.
         padding: rows at the end of ``axis`` that exist in ``codes`` only.
+        rows: length of ``axis`` in the tensor it stands for when there is an
+            ``input_index``; None without: the stored length.
         block: elements per scale along each trailing axis.
         dtype: the dtype of the tensor it stands for.
         activation: how a matrix product quantizes the other operand, or None.
@@ -68,11 +82,14 @@ class QTensor:
     zeros: jax.Array | None = None
     offset: jax.Array | None = None
     input_scale: jax.Array | None = None
+    input_index: jax.Array | None = None
     activation_scale: jax.Array | None = None
+    activation_zero: jax.Array | None = None
     spec: QuantSpec = dataclasses.field(kw_only=True)
     axis: int = dataclasses.field(kw_only=True)
     pack: int = dataclasses.field(kw_only=True)
     padding: int = dataclasses.field(kw_only=True, default=0)
+    rows: int | None = dataclasses.field(kw_only=True, default=None)
     block: tuple[int, ...] = dataclasses.field(kw_only=True)
     dtype: Any = dataclasses.field(kw_only=True)
     activation: QuantSpec | None = dataclasses.field(kw_only=True, default=None)
@@ -82,6 +99,14 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the tensor it stands for."""
+        shape = list(self.stored_shape)
+        if self.rows is not None:
+            shape[self.axis] = self.rows
+        return tuple(shape)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the codes, unpacked: `shape`, but for an ``input_index``."""
         shape = list(self.codes.shape)
         shape[self.axis] = shape[self.axis] * 8 // self.spec.bits - self.padding
         return tuple(shape)
@@ -132,19 +157,23 @@ class QTensor:
     def dequantize(self, dtype: DTypeLike | None = None) -> jax.Array:
         """Return the float array ``((code − zero) · scale + offset) · input_scale``.
 
+        With an ``input_index``, stored rows of one channel are added up.
+
         Args:
             dtype: of the result; by default the dtype of the original tensor. The
                 arithmetic is float32.
         """
-        values = self.code_values()
+        values, shape = self.code_values(), self.stored_shape
         if self.zeros is not None:
             zeros = self.zeros.astype(jnp.float32)
-            values = values - spread(zeros, self.blocks, self.shape)
-        values = values * spread(self.scale_values(), self.blocks, self.shape)
+            values = values - spread(zeros, self.blocks, shape)
+        values = values * spread(self.scale_values(), self.blocks, shape)
         if self.offset is not None:
             values = rounded(values) + self.offset
         if self.input_scale is not None:
             values = values * self.input_scale
+        if self.input_index is not None:
+            values = _sum_rows(values, self.input_index, self.axis, self.shape)
         return values.astype(self.dtype if dtype is None else dtype)
 
     def __repr__(self) -> str:
@@ -153,13 +182,38 @@ class QTensor:
             return f"QTensor({self.codes!r})"
         shape = "x".join(map(str, self.shape)) or "scalar"
         act = "" if self.activation is None else f", {self.activation.describe()} input"
+        stored = self.stored_shape[self.axis]
+        picks = "" if self.rows is None else f", {stored} rows stored"
         return (
             f"QTensor({shape} {jnp.dtype(self.dtype).name} as {self.spec.describe()}"
-            f"{act}; {self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
+            f"{picks}{act}; {self.bits_per_weight:.3f} bits/weight, "
+            f"{self.nbytes:,} bytes)"
         )
 
 
 register_dataclass(QTensor, DATA_FIELDS, STATIC_FIELDS)
+
+
+def _sum_rows(
+    values: jax.Array, index: jax.Array, axis: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """Return ``out[k] = Σ values[i]`` over the rows i along ``axis`` with index k.
+
+    Args:
+        values: the stored tensor.
+        index: of the same rank; 1 along an axis means the same rows everywhere.
+        axis: negative.
+        shape: of the result.
+    """
+    packed = axis % index.ndim
+    own = (i for i, n in enumerate(index.shape) if n > 1 and i != packed)
+    if (i := next(own, None)) is not None:
+        rest, inner = shape[:i] + shape[i + 1 :], axis + (i > packed)
+        one = functools.partial(_sum_rows, axis=inner, shape=rest)
+        return jax.vmap(one, (i, i), i)(values, index)
+    rows = jnp.moveaxis(values, axis, 0)
+    total = jnp.zeros((shape[axis], *rows.shape[1:]), values.dtype)
+    return jnp.moveaxis(total.at[index.reshape(-1)].add(rows), 0, axis)
 
 
 def is_qtensor(leaf: object) -> bool:

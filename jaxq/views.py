@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxq.blocks import grid_shape
@@ -60,6 +61,8 @@ def slice_axis(
     if size == length:
         return q
     block, packed = q.blocks[axis], axis == q.axis % q.ndim
+    if packed and q.input_index is not None:
+        raise ViewError("slices channels that an input index picks")
     whole = 1 < length == block or block > length
     ends = (start, start + size) if start + size < length else (start,)
     if not whole and any(end % block for end in ends):
@@ -149,6 +152,8 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
     """
     packed = q.axis % q.ndim
     runs = [_run(q, *group, tuple(shape)) for group in axis_groups(q.shape, shape)]
+    if q.rows is not None:
+        return _reshape_stored(q, runs, shape)
     q = plain_scales(q)
 
     def arrays(a: jax.Array) -> jax.Array:
@@ -165,6 +170,22 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
     out = map_fields(q, arrays, codes=q.codes.reshape(lengths))
     block = tuple(n for run in runs for n in run.new_blocks)
     return dataclasses.replace(out, axis=axis - len(lengths), block=block)
+
+
+def _reshape_stored(q: QTensor, runs: "Sequence[Run]", shape: Sequence[int]) -> QTensor:
+    """Reshape a tensor whose stored rows an index picks: their axis stays as it is."""
+    packed, place = q.axis % q.ndim, 0
+    for run in runs:
+        if packed in run.old:
+            if run.source is None:
+                raise ViewError("merges or splits channels that an input index picks")
+            place += run.source.index(run.old.index(packed))
+            break
+        place += len(run.new)
+    stored = list(shape)
+    stored[place] = q.stored_shape[packed]
+    whole = reshape(dataclasses.replace(q, rows=None), stored)
+    return dataclasses.replace(whole, rows=q.rows)
 
 
 def _run(
@@ -264,8 +285,61 @@ def map_fields(
         zeros=one(q.zeros),
         offset=one(q.offset),
         input_scale=one(q.input_scale),
+        input_index=one(q.input_index),
         activation_scale=one(q.activation_scale),
+        activation_zero=one(q.activation_zero),
     )
+
+
+def with_input_index(q: QTensor, index: jax.Array, rows: int) -> QTensor:
+    """Return the matrix whose channel k is the sum of the rows of ``q`` with index k.
+
+    ``x @ result = x[..., index] @ q``. A tensor that has an index already is composed
+    with the new one. An input scale stays that of the stored rows.
+
+    Args:
+        q: a quantized matrix, or a stack of them along leading axes.
+        index: int ``[rows of q]``, or one such row per matrix of the stack.
+        rows: how many channels the result has; every index is below it.
+
+    Raises:
+        ValueError: when the index does not fit the matrix, or is out of range.
+
+    Example:
+        >>> from jaxq.quantize import quantize
+        >>> from jaxq.spec import QuantSpec
+        >>> q = quantize(jnp.asarray([[1.0], [2.0], [4.0]]), QuantSpec("int8", 1))
+        >>> with_input_index(q, jnp.asarray([0, 1, 0]), 2).dequantize().tolist()
+        [[5.0], [2.0]]
+    """
+    if q.ndim < 2 or q.axis < -2:
+        raise ValueError(
+            f"an input index picks the rows of a matrix, and {q!r} packs axis {q.axis} "
+            f"of {q.ndim}: give a matrix, stacked along leading axes if there are many"
+        )
+    stack, length = q.shape[:-2], q.shape[q.axis]
+    shape = jnp.shape(index)
+    whole = jnp.issubdtype(jnp.result_type(index), jnp.integer)
+    if not whole or shape not in ((length,), (*stack, length)):
+        raise ValueError(
+            f"an index {jnp.result_type(index)}{list(shape)} does not fit {q!r}: give "
+            f"an integer for each of its {length} rows"
+        )
+    traced = isinstance(index, jax.core.Tracer)
+    if not traced and (np.min(index) < 0 or np.max(index) >= rows):
+        raise ValueError(
+            f"rows={rows}, but the index names channels {np.min(index)} to "
+            f"{np.max(index)}: give indices from 0 to {rows - 1}"
+        )
+    index = jnp.asarray(index, jnp.int32).reshape(
+        (1,) * (q.ndim - 1 - len(shape)) + shape
+    )
+    index = jnp.expand_dims(index, -1 if q.axis == -2 else -2)
+    if q.input_index is not None:
+        many = (*stack, *index.shape[-2:])
+        old = jnp.broadcast_to(q.input_index, (*stack, *q.input_index.shape[-2:]))
+        index = jnp.take_along_axis(jnp.broadcast_to(index, many), old, axis=q.axis)
+    return dataclasses.replace(q, input_index=index, rows=rows)
 
 
 def axis_groups(old: Sequence[int], new: Sequence[int]) -> Iterator[Group]:

@@ -52,7 +52,10 @@ def spread(values: np.ndarray, block: tuple[int, ...], shape: tuple[int, ...]):
 
 
 def dequantize(q: QTensor) -> np.ndarray:
-    """``((code − zero) · scale + offset) · input_scale`` in float64."""
+    """``((code − zero) · scale + offset) · input_scale`` in float64.
+
+    Rows that an input index gives to one channel are added up.
+    """
     bits = q.spec.bits
     axis = q.axis % q.codes.ndim
     codes = unpack(np.asarray(q.codes), bits, axis, q.pack)
@@ -69,4 +72,10 @@ def dequantize(q: QTensor) -> np.ndarray:
         values = values.astype(np.float32) + np.asarray(q.offset, np.float64)
     if q.input_scale is not None:
         values = values * np.asarray(q.input_scale, np.float64)
+    if q.input_index is not None:
+        total = np.zeros(q.shape)
+        place = list(np.indices(values.shape))
+        place[axis] = np.broadcast_to(np.asarray(q.input_index), values.shape)
+        np.add.at(total, tuple(place), values)
+        values = total
     return values

@@ -99,12 +99,17 @@ def qtensors(draw):
     codes = list(shape)
     codes[axis] = padded * spec.bits // 8
     grid = [-(-n // b) for n, b in zip(shape, where.block, strict=True)]
-    offset = input_scale = None
+    offset = input_scale = input_index = rows = None
     if draw(st.integers(0, 3)) == 0:
         offset = rng.standard_normal((1,) * ndim).astype(np.float32)
     if draw(st.integers(0, 2)) == 0:
         full = [n if i in contracting else 1 for i, n in enumerate(shape)]
         input_scale = rng.uniform(0.5, 2, full).astype(np.float32)
+    if len(contracting) == 1 and draw(st.integers(0, 2)) == 0:
+        rows = draw(st.integers(1, 8))
+        picks = (axis, *(i for i in stacked if draw(st.booleans())))
+        full = [n if i in picks else 1 for i, n in enumerate(shape)]
+        input_index = rng.integers(0, rows, full, dtype=np.int32)
     scales = rng.uniform(0.5, 2, grid).astype(spec.scale)
     zeros = rng.integers(0, 2**spec.bits, grid, dtype=np.uint8)
     return QTensor(
@@ -113,6 +118,8 @@ def qtensors(draw):
         None if spec.symmetric else zeros,
         offset,
         input_scale,
+        input_index,
+        rows=rows,
         spec=spec,
         axis=axis - ndim,
         pack=layouts.pack_block(padded, spec.bits, where.block[axis]),

@@ -178,11 +178,35 @@ def _check(q: QTensor, shape: tuple[int, ...], where: str) -> None:
         )
     for field in ("scales", "zeros"):
         value = getattr(q, field)
-        if value is not None and not _spreads(value.shape, q.blocks, shape):
+        if value is not None and not _spreads(value.shape, q.blocks, q.stored_shape):
             raise CorruptError(
                 f"{where}: {field} of shape {value.shape} do not cover a tensor "
-                f"{shape} in blocks of {q.blocks}"
+                f"{q.stored_shape} in blocks of {q.blocks}"
             )
+    _check_index(q, where)
+
+
+def _check_index(q: QTensor, where: str) -> None:
+    """Raise unless there is one channel for every stored row, or no index at all."""
+    index = q.input_index
+    if index is None and q.rows is None:
+        return
+    if index is None or q.rows is None:
+        raise CorruptError(
+            f"{where}: rows={q.rows}, but the tensor has "
+            f"{'no' if index is None else 'an'} input index: both or neither"
+        )
+    shape = list(index.shape)
+    fits = len(shape) == len(q.shape) and shape[q.axis] == q.stored_shape[q.axis]
+    if (
+        not fits
+        or index.dtype != np.int32
+        or not _spreads(index.shape, (1,) * len(shape), q.stored_shape)
+    ):
+        raise CorruptError(
+            f"{where}: an input index {index.dtype}{shape} does not fit the stored "
+            f"rows of {q.stored_shape}"
+        )
 
 
 def _spreads(
@@ -214,6 +238,10 @@ def _read_int(data: Mapping[str, Any], field: str, where: str) -> int:
     return strict_json.get(data, field, int, where)
 
 
+def _read_optional_int(data: Mapping[str, Any], field: str, where: str) -> int | None:
+    return None if data.get(field) is None else _read_int(data, field, where)
+
+
 def _read_str(data: Mapping[str, Any], field: str, where: str) -> str:
     return strict_json.get(data, field, str, where)
 
@@ -228,6 +256,7 @@ STATIC_CODECS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
     "axis": (int, _read_int),
     "pack": (int, _read_int),
     "padding": (int, _read_int),
+    "rows": (lambda rows: rows, _read_optional_int),
     "block": (list, strict_json.get_sizes),
     "dtype": (lambda dtype: np.dtype(dtype).name, _read_dtype),
     "activation": (lambda spec: spec and spec.to_dict(), _read_optional_spec),

@@ -6,8 +6,21 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.qtensor import QTensor
-from jaxq.quantize import Axes, quantize
+from jaxq.quantize import Axes, Bounds, quantize
 from jaxq.spec import QuantSpec
+
+
+def picked_input(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
+    """Gather the channels that the stored rows meet: ``x @ w = x[:, index] @ stored``.
+
+    Args:
+        x: ``[M, K]``.
+        w: ``[K, N]``; its ``input_index`` is ``[K', 1]``.
+    """
+    if w.input_index is None:
+        return x, w
+    x = jnp.take(x, w.input_index[:, 0], axis=1)
+    return x, dataclasses.replace(w, input_index=None, rows=None)
 
 
 def scaled_input(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
@@ -30,19 +43,40 @@ def static_or_dynamic(
     """Quantize ``x`` per token or per tensor, with the stored scale if there is one.
 
     A static scale is the largest magnitude the code range stands for, divided by the
-    largest code; values beyond it saturate.
+    largest code; values beyond it saturate. With a static zero point z the range is
+    ``scale · (lowest − z) … scale · (highest − z)``.
 
     Args:
         x: ``[M, K]``, or whatever ``axis`` fits.
-        w: the weight, with its ``activation_scale``.
+        w: the weight, with its ``activation_scale``: one number, or whatever broadcasts
+            with the blocks of ``x``.
         spec: how to quantize.
         axis: the contracted axes of ``x``.
+
+    Raises:
+        ValueError: when there is a static zero point, and ``spec`` is symmetric.
     """
     if w.activation_scale is None:
         return quantize(x, spec, axis)
-    scale = jnp.abs(w.activation_scale).reshape((1,) * x.ndim)
-    largest = scale * spec.number_format.highest
-    return quantize(x, spec, axis, bounds=(-largest, largest))
+    return quantize(x, spec, axis, bounds=_static_bounds(w, spec, x.ndim))
+
+
+def _static_bounds(w: QTensor, spec: QuantSpec, rank: int) -> Bounds:
+    """Return the range that the weight's static scale stands for."""
+
+    def fit(a: jax.Array) -> jax.Array:
+        return a.reshape((1,) * rank) if a.size == 1 else a
+
+    scale, fmt = jnp.abs(fit(jnp.asarray(w.activation_scale))), spec.number_format
+    if w.activation_zero is None:
+        return -scale * fmt.highest, scale * fmt.highest
+    if spec.symmetric:
+        raise ValueError(
+            f"{w!r} has a zero point for its activation, which is {spec.describe()}: "
+            f"leave activation_zero=None, or ask for symmetric=False"
+        )
+    zero = fit(w.activation_zero).astype(jnp.float32)
+    return scale * (fmt.lowest - zero), scale * (fmt.highest - zero)
 
 
 def quantized_input(x: jax.Array, w: QTensor, axis: Axes = -1) -> jax.Array:

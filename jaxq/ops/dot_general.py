@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq import views
-from jaxq.ops.activation import scaled_input
+from jaxq.ops.activation import picked_input, scaled_input
 from jaxq.ops.dispatch import Choice, Problem, multiply
 from jaxq.qtensor import QTensor
 
@@ -129,5 +129,5 @@ def _matmul(
     x: jax.Array, w: QTensor, precision: lax.PrecisionLike
 ) -> tuple[jax.Array, Choice]:
     """Multiply two matrices, the second quantized."""
-    x, w = scaled_input(x, w)
+    x, w = scaled_input(*picked_input(x, w))
     return multiply(Problem(x, w, precision))

@@ -45,10 +45,13 @@ def gather(
     _check_blocks(w, indexed, slice_sizes)
     if isinstance(w.scales, QTensor):
         w = plain_scales(w)
+    if w.rows is not None:
+        slice_sizes = list(slice_sizes)
+        slice_sizes[w.axis] = w.stored_shape[w.axis]
 
     def rows(a: jax.Array) -> jax.Array:
         shape, sizes = list(a.shape), list(slice_sizes)
-        for axis, length in enumerate(w.shape):
+        for axis, length in enumerate(w.stored_shape):
             if axis in indexed:
                 shape[axis] = length
             else:

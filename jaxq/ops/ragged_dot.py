@@ -1,5 +1,7 @@
 """Mixture-of-experts products: `jax.lax.ragged_dot` with stacked quantized experts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,13 +31,14 @@ def ragged_dot(
         preferred_element_type: the result's dtype.
 
     Raises:
-        ViewError: when the weight is packed along another axis, or carries an offset or
-            an input scale.
+        ViewError: when the weight is packed along another axis, or carries an offset.
     """
     if w.axis % w.ndim != 1 or w.ndim != 3:
         raise ViewError("the experts are not packed along the contracted axis")
-    if w.offset is not None or w.input_scale is not None:
-        raise ViewError("the experts carry an offset or an input scale")
+    if w.offset is not None:
+        raise ViewError("the experts carry an offset")
+    dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
+    x, w = _expert_input(x, w, group_sizes)
     experts, _, columns = w.shape
 
     def per_column(values: jax.Array) -> jax.Array:
@@ -60,5 +63,38 @@ def ragged_dot(
         dot=dot,
         precision=precision,
     )
-    dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
     return y.astype(dtype), Choice(f"xla.tiled_ragged_dot ({experts} experts)")
+
+
+def _expert_input(
+    x: jax.Array, w: QTensor, group_sizes: jax.Array
+) -> tuple[jax.Array, QTensor]:
+    """Do to every token what its expert asks of the activation.
+
+    Input indices and input scales are applied; static activation scales become one per
+    token.
+    """
+    ends = jnp.cumsum(group_sizes)
+    token = jnp.arange(x.shape[0], dtype=ends.dtype)
+    owner = jnp.searchsorted(ends, token, side="right", method="compare_all")
+
+    def of_owner(values: jax.Array) -> jax.Array:
+        """Return ``[M or 1, K or 1]`` of one value per expert and channel."""
+        values = values.reshape(values.shape[:2])
+        # tokens behind the last expert's have no owner, and no result either
+        return values if values.shape[0] == 1 else values.at[owner].get(mode="clip")
+
+    if w.input_index is not None:
+        x = jnp.take_along_axis(x, of_owner(w.input_index), axis=1)
+    if w.input_scale is not None:
+        x = (x.astype(jnp.float32) * of_owner(w.input_scale)).astype(x.dtype)
+    w = dataclasses.replace(w, input_index=None, rows=None, input_scale=None)
+    if w.activation is None or w.activation_scale is None:
+        return x, w
+    zero = None if w.activation_zero is None else of_owner(w.activation_zero)
+    scale, activation = of_owner(w.activation_scale), w.activation
+    if scale.shape[0] > 1:
+        activation = dataclasses.replace(activation, block="token")
+    return x, dataclasses.replace(
+        w, activation=activation, activation_scale=scale, activation_zero=zero
+    )

@@ -74,7 +74,10 @@ def with_everything() -> QTensor:
             q,
             offset=one[:, :1],
             input_scale=one,
+            input_index=one.astype("int32"),
+            rows=30,
             activation_scale=one[:, :1],
+            activation_zero=one[:, :1].astype("int8"),
             activation=QuantSpec("int8", "token"),
         )
 

@@ -74,7 +74,33 @@ def test_what_it_declines(rng):
     values = rng.standard_normal((4, 16, 16)).astype(np.float32)
     with pytest.raises(ViewError, match="not packed along the contracted axis"):
         ops.ragged_dot(x, quantized(values, QuantSpec("int8"), 2), SIZES)
-    w = quantized(values, QuantSpec("int8"))
-    w = dataclasses.replace(w, input_scale=jnp.ones((1, 16, 1), jnp.float32))
-    with pytest.raises(ViewError, match="input scale"):
-        ops.ragged_dot(x, w, SIZES)
+    centered = quantized(values, QuantSpec("int8", center=True))
+    with pytest.raises(ViewError, match="offset"):
+        ops.ragged_dot(x, centered, SIZES)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_input_scales(own, rng):
+    w = quantized(rng.standard_normal((4, 32, 8)).astype("f4"), QuantSpec("int8"))
+    scale = rng.uniform(0.2, 5, (4 if own else 1, 32, 1)).astype(np.float32)
+    w = dataclasses.replace(w, input_scale=jnp.asarray(scale))
+    x = rng.standard_normal((SIZES.sum(), 32)).astype(np.float32)
+    want = expected(x, w, SIZES)
+    np.testing.assert_allclose(ragged(x, w, SIZES), want, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("block", ["tensor", "token"])
+@pytest.mark.parametrize("own", [True, False])
+def test_static_activation_scales(own, block, rng):
+    """Calibrated for each expert, or for all of them."""
+    w = quantized(rng.standard_normal((4, 32, 8)).astype("f4"), QuantSpec("int8"))
+    scale = rng.uniform(0.5, 1, (4 if own else 1, 1, 1)).astype("f4") / np.float32(127)
+    w = dataclasses.replace(
+        w, activation=QuantSpec("int8", block), activation_scale=jnp.asarray(scale)
+    )
+    x = rng.standard_normal((SIZES.sum(), 32)).astype(np.float32)
+    owner = np.repeat(np.arange(4), SIZES)
+    of_token = np.broadcast_to(scale, (4, 1, 1))[owner, 0]
+    read = np.clip(np.rint(x / of_token), -127, 127) * of_token
+    want = expected(read, dataclasses.replace(w, activation=None), SIZES)
+    np.testing.assert_allclose(ragged(x, w, SIZES), want, rtol=1e-4, atol=1e-4)
