@@ -56,10 +56,14 @@ class Solver:
         name: by which recipes call it.
         run: ``run(weight, statistics, spec, *, axis, stacked, **options) -> Solved``.
         needs: the fields of `Statistics` that must be there; empty: data-free.
-        optional: from an option's value to further fields that it needs.
+        optional: from the options to further fields that they need.
+        order: in which it takes columns when an option does not say, for evidence.
+        tunes: whether the pipeline tunes the result together with its whole block.
     """
 
     name: str
     run: Callable[..., Solved]
     needs: tuple[str, ...] = ()
     optional: Callable[[dict[str, Any]], tuple[str, ...]] = lambda options: ()
+    order: str | None = None
+    tunes: bool = False
