@@ -1,7 +1,8 @@
 """Float checkpoints as Hugging Face lays them out: config.json beside safetensors.
 
-Tensors are read one at a time into their place, so a model is never held twice. Which
-tensor goes where is the caller's knowledge (`Slot`): no architecture is known here.
+Tensors are read one at a time into their place, so a model is never held twice, or
+when their numbers are asked for, so it is never held at all. Which tensor goes where is
+the caller's knowledge (`Slot`): no architecture is known here.
 Pickled weights are never opened: unpickling runs whatever the file says.
 """
 
@@ -12,19 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxq.checkpoints.errors import CheckpointError
+from jaxq.checkpoints.lazy import FLOATS, LazyArray
+from jaxq.checkpoints.safetensors import Header, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SHARD_BYTES = 5 * 10**9
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class Slot(Protocol):
@@ -100,22 +101,45 @@ def read_tensors(
         CheckpointError: a file is damaged, a tensor is missing, unexpected, of another
             shape than its slot or no float.
     """
-    files = locate(folder)
-    _compare_names(Path(folder), set(files), set(slots), ignore)
-    by_file: dict[Path, list[str]] = {}
-    for name in slots:
-        by_file.setdefault(files[name], []).append(name)
     tree: dict[str, Any] = {}
-    for path, names in by_file.items():
-        with _opened(path) as source:
-            for name in names:
-                leaf = _read_one(source, path, name, slots[name], dtype)
-                _place(tree, slots[name].path, leaf)
+    for path, leaf in _lazy_leaves(folder, slots, dtype, ignore):
+        _place(tree, path, jnp.asarray(leaf.read()))
     return tree
 
 
-def locate(folder: str | Path) -> dict[str, Path]:
-    """Return the file that holds each tensor of a checkpoint.
+def lazy_tensors(
+    folder: str | Path,
+    slots: Mapping[str, Slot],
+    dtype: Any = None,
+    ignore: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Return what `read_tensors` does, with `LazyArray`s in place of arrays.
+
+    Only headers are read: names, shapes, dtypes and the sizes of all files are checked
+    now, and each tensor's numbers are read when its leaf is asked for them.
+
+    Args:
+        folder: holds `model.safetensors`, or shards and their index.
+        slots: every tensor by its name in the checkpoint, and where it goes.
+        dtype: what to convert to; None keeps each tensor's own.
+        ignore: endings of names that may be there and are not read.
+
+    Returns:
+        Nested dicts by the paths of `slots`.
+
+    Raises:
+        FileNotFoundError: there are no safetensors, or a shard is missing.
+        CheckpointError: a file is damaged, a tensor is missing, unexpected, of another
+            shape than its slot or no float.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in _lazy_leaves(folder, slots, dtype, ignore):
+        _place(tree, path, leaf)
+    return tree
+
+
+def locate(folder: str | Path) -> dict[str, Header]:
+    """Return the header of the file that holds each tensor of a checkpoint.
 
     Raises:
         FileNotFoundError: there are no safetensors, or a shard is missing.
@@ -123,8 +147,8 @@ def locate(folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     if (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as source:
-            return dict.fromkeys(source.keys(), folder / SINGLE)
+        header = read_header(folder / SINGLE)
+        return dict.fromkeys(header.entries, header)
     if not (folder / INDEX).is_file():
         raise _nothing_to_read(folder)
     listed = read_json(folder / INDEX).get("weight_map")
@@ -132,25 +156,18 @@ def locate(folder: str | Path) -> dict[str, Path]:
         raise CheckpointError(
             f"{folder / INDEX} has no 'weight_map'; fetch the file again"
         )
-    held: dict[str, set[str]] = {}
-    for shard in sorted(set(listed.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(
-                f"{folder / INDEX} names {shard!r}, which is not a plain file name"
-            )
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(
-                f"{folder} lacks the shard {shard} that {INDEX} lists; fetch it again"
-            )
-        with _opened(folder / shard) as source:
-            held[shard] = set(source.keys())
+    if odd := [shard for shard in listed.values() if not isinstance(shard, str)]:
+        raise CheckpointError(
+            f"{folder / INDEX} names {odd[0]!r}, which is not a plain file name"
+        )
+    headers = {shard: _shard(folder, shard) for shard in sorted(set(listed.values()))}
     for name, shard in listed.items():
-        if name not in held[shard]:
+        if name not in headers[shard].entries:
             raise CheckpointError(
                 f"{folder / shard} does not hold {name!r}, which {INDEX} says it does; "
                 "fetch the shard again"
             )
-    return {name: folder / shard for name, shard in listed.items()}
+    return {name: headers[shard] for name, shard in listed.items()}
 
 
 def write_folder(
@@ -217,37 +234,43 @@ def _replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Yield the open safetensors file; say which one is damaged."""
-    try:
-        with safe_open(path, framework="np") as source:
-            yield source
-    except SafetensorError as error:
-        size = path.stat().st_size
+def _shard(folder: Path, shard: str) -> Header:
+    if Path(shard).name != shard:
         raise CheckpointError(
-            f"{path} ({size} bytes) is truncated or corrupt: {error}; fetch it again"
-        ) from error
+            f"{folder / INDEX} names {shard!r}, which is not a plain file name"
+        )
+    if not (folder / shard).is_file():
+        raise FileNotFoundError(
+            f"{folder} lacks the shard {shard} that {INDEX} lists; fetch it again"
+        )
+    return read_header(folder / shard)
 
 
-def _read_one(source: Any, path: Path, name: str, slot: Slot, dtype: Any) -> jax.Array:
-    header = source.get_slice(name)
-    if header.get_dtype() not in FLOATS:
+def _lazy_leaves(
+    folder: str | Path, slots: Mapping[str, Slot], dtype: Any, ignore: tuple[str, ...]
+) -> list[tuple[tuple[str, ...], LazyArray]]:
+    """Return path and tensor of every slot, all of them checked."""
+    headers = locate(folder)
+    _compare_names(Path(folder), set(headers), set(slots), ignore)
+    return [
+        (slot.path, _lazy(headers[name], name, slot, dtype))
+        for name, slot in slots.items()
+    ]
+
+
+def _lazy(header: Header, name: str, slot: Slot, dtype: Any) -> LazyArray:
+    entry = header.entries[name]
+    if entry.dtype not in FLOATS:
         raise CheckpointError(
-            f"{path}: {name!r} is {header.get_dtype()}, but a float checkpoint holds "
+            f"{header.path}: {name!r} is {entry.dtype}, but a float checkpoint holds "
             f"{', '.join(sorted(FLOATS))}; is this model already quantized?"
         )
-    shape = tuple(header.get_shape())
-    if shape != slot.shape:
+    if entry.shape != slot.shape:
         raise CheckpointError(
-            f"{path}: {name!r} is {shape}, but config.json makes it {slot.shape}; "
-            "config and weights belong to different models"
+            f"{header.path}: {name!r} is {entry.shape}, but config.json makes it "
+            f"{slot.shape}; config and weights belong to different models"
         )
-    array = source.get_tensor(name)
-    # Converted on the host, so that the device never sees the wider or second copy.
-    wanted = array.dtype if dtype is None else jnp.dtype(dtype)
-    array = array.T if slot.transposed else array
-    return jnp.asarray(np.ascontiguousarray(array, dtype=wanted))
+    return LazyArray.of(header, name, dtype, slot.transposed)
 
 
 def _leaf(params: Mapping[str, Any], name: str, slot: Slot) -> Any:
@@ -299,7 +322,7 @@ def _write_index(folder: Path, shards: Mapping[str, list[str]]) -> None:
         partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _place(tree: dict[str, Any], path: tuple[str, ...], leaf: jax.Array) -> None:
+def _place(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
     *branches, last = path
     for key in branches:
         tree = tree.setdefault(key, {})

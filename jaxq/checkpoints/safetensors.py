@@ -25,9 +25,11 @@ from jaxq.checkpoints.manifest import DataFile
 
 MAX_HEADER = 100 * 2**20
 CHUNK = 16 * 2**20
-_ITEM_BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2},
-    **{"F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8},
+_ITEM_BITS = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8},
+    **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8},
+    **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32},
+    **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
 }
 
 
@@ -113,8 +115,51 @@ def _pieces(
             yield data[start : start + CHUNK]
 
 
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says it holds, checked against its size.
+
+    Attributes:
+        path: of the file.
+        size: of the file in bytes.
+        start: the byte at which the data begin.
+        entries: the tensors by name.
+    """
+
+    path: Path
+    size: int
+    start: int
+    entries: Mapping[str, Entry]
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a file; no data is read.
+
+    Raises:
+        CorruptError: the file is truncated, or its header is damaged.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = file.read(8)
+        announced = int.from_bytes(length, "little")
+        room = min(size - 8, MAX_HEADER)
+        if len(length) < 8 or announced > room:
+            raise CorruptError(
+                f"{path} ({size} bytes) is truncated or no safetensors file: "
+                f"its header would have {announced} bytes, and there is room for "
+                f"{max(room, 0)}; fetch or save it again"
+            )
+        where = f"the header of {path} ({size} bytes)"
+        parsed = strict_json.parse(file.read(announced), where)
+    parsed.pop("__metadata__", None)
+    entries = {n: _entry(f"{path}: tensor {n!a}", e) for n, e in parsed.items()}
+    header = Header(path, size, 8 + announced, entries)
+    _check_ranges(header)
+    return header
+
+
 class Reader:
-    """An open safetensors file whose header was checked against its size.
+    """An open safetensors file, mapped into memory.
 
     Args:
         path: of the file.
@@ -124,15 +169,10 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        header = read_header(path)
+        self.size, self.entries, self._data = header.size, header.entries, header.start
         with path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            header = self._read_header(file.read(8), file.read)
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._data = self.size - sum(
-            entry.end - entry.start for entry in header.values()
-        )
-        self.entries = header
+            self._map = mmap.mmap(file.fileno(), self.size, access=mmap.ACCESS_READ)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The bytes of a tensor as a read-only uint8 view of the file."""
@@ -140,66 +180,43 @@ class Reader:
         size = entry.end - entry.start
         return np.frombuffer(self._map, np.uint8, size, self._data + entry.start)
 
-    def sha256(self) -> str:
-        """Return the SHA-256 of the whole file."""
-        digest = hashlib.sha256()
-        with memoryview(self._map) as data:
-            for start in range(0, self.size, CHUNK):
-                digest.update(data[start : start + CHUNK])
-        return digest.hexdigest()
 
-    def _read_header(
-        self, length: bytes, read: Callable[[int], bytes]
-    ) -> dict[str, Entry]:
-        announced = int.from_bytes(length, "little")
-        room = min(self.size - 8, MAX_HEADER)
-        if len(length) < 8 or announced > room:
-            raise CorruptError(
-                f"{self.path} ({self.size} bytes) is truncated or no safetensors file: "
-                f"its header would have {announced} bytes, and there is room for "
-                f"{max(room, 0)}; fetch or save it again"
-            )
-        parsed = strict_json.parse(read(announced), f"the header of {self.path}")
-        parsed.pop("__metadata__", None)
-        entries = {name: self._entry(name, e) for name, e in parsed.items()}
-        self._check_ranges(entries, self.size - 8 - announced)
-        return entries
+def _entry(where: str, data: Any) -> Entry:
+    if not isinstance(data, dict):
+        raise CorruptError(f"{where} is {strict_json.shorten(data)}, not an object")
+    dtype = strict_json.get(data, "dtype", str, where)
+    shape = strict_json.get_sizes(data, "shape", where)
+    offsets = strict_json.get_sizes(data, "data_offsets", where)
+    if dtype not in _ITEM_BITS or len(offsets) != 2:
+        raise CorruptError(
+            f"{where} has dtype {strict_json.shorten(dtype)} and data_offsets "
+            f"{strict_json.shorten(offsets)}; fetch or save it again"
+        )
+    bits = _ITEM_BITS[dtype] * math.prod(shape)
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise CorruptError(
+            f"{where} ({dtype}, {strict_json.shorten(shape)}) needs "
+            f"{strict_json.shorten(-(-bits // 8))} bytes, but its data_offsets are "
+            f"{strict_json.shorten(offsets)}; fetch or save it again"
+        )
+    return Entry(dtype, shape, *offsets)
 
-    def _entry(self, name: str, data: Any) -> Entry:
-        where = f"{self.path}: tensor {name!a}"
-        if not isinstance(data, dict):
-            raise CorruptError(f"{where} is {strict_json.shorten(data)}, not an object")
-        dtype = strict_json.get(data, "dtype", str, where)
-        shape = strict_json.get_sizes(data, "shape", where)
-        offsets = strict_json.get_sizes(data, "data_offsets", where)
-        size = _ITEM_BYTES.get(dtype, 0) * math.prod(shape)
-        if dtype not in _ITEM_BYTES or len(offsets) != 2:
-            raise CorruptError(
-                f"{where} has dtype {strict_json.shorten(dtype)} and data_offsets "
-                f"{strict_json.shorten(offsets)}; fetch or save it again"
-            )
-        if offsets[1] - offsets[0] != size:
-            raise CorruptError(
-                f"{where} ({dtype}, {strict_json.shorten(shape)}) needs "
-                f"{strict_json.shorten(size)} bytes, but its data_offsets are "
-                f"{strict_json.shorten(offsets)}; fetch or save it again"
-            )
-        return Entry(dtype, shape, *offsets)
 
-    def _check_ranges(self, entries: Mapping[str, Entry], room: int) -> None:
-        """Raise unless the tensors fill the data exactly, without gap or overlap."""
-        position = 0
-        for name, entry in sorted(
-            entries.items(), key=lambda e: (e[1].start, e[1].end)
-        ):
-            if entry.start != position:
-                raise CorruptError(
-                    f"{self.path}: tensor {name!a} starts at byte {entry.start}, but "
-                    f"the one before it ends at {position}; fetch or save it again"
-                )
-            position = entry.end
-        if position != room:
+def _check_ranges(header: Header) -> None:
+    """Raise unless the tensors fill the data exactly, without gap or overlap."""
+    where, room = f"{header.path} ({header.size} bytes)", header.size - header.start
+    position = 0
+    for name, entry in sorted(
+        header.entries.items(), key=lambda e: (e[1].start, e[1].end)
+    ):
+        if entry.start != position:
             raise CorruptError(
-                f"{self.path} is truncated or has something appended: its tensors need "
-                f"{position} bytes, and it holds {room}; fetch or save it again"
+                f"{where}: tensor {name!a} starts at byte {entry.start}, but "
+                f"the one before it ends at {position}; fetch or save it again"
             )
+        position = entry.end
+    if position != room:
+        raise CorruptError(
+            f"{where} is truncated or has something appended: its tensors need "
+            f"{position} bytes, and it holds {room}; fetch or save it again"
+        )

@@ -36,12 +36,7 @@ def write(
     Raises:
         UnsupportedError: an array lies on other processes' devices.
     """
-    for name, array in arrays.items():
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
-            raise UnsupportedError(
-                f"{name!r} lies in part on other processes' devices; save it with "
-                "backend='orbax'"
-            )
+    check_addressable(arrays)
     shards = list(_split(dict(manifest.tensors()), shard_bytes))
     files, where = {}, {}
     for number, tensors in enumerate(shards, start=1):
@@ -52,10 +47,27 @@ def write(
         )
         where |= dict.fromkeys(tensors, name)
     if len(shards) > 1:
-        total = sum(file.bytes for file in files.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
+        write_index(folder, files, where)
     return files
+
+
+def check_addressable(arrays: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` if an array lies on other processes' devices."""
+    for name, array in arrays.items():
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            raise UnsupportedError(
+                f"{name!r} lies in part on other processes' devices; save it with "
+                "backend='orbax'"
+            )
+
+
+def write_index(
+    folder: Path, files: Mapping[str, DataFile], where: Mapping[str, str]
+) -> None:
+    """Write which of several shards holds which tensor, as Hugging Face does."""
+    total = sum(file.bytes for file in files.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
 def read(
@@ -89,7 +101,7 @@ def check_headers(folder: Path, manifest: Manifest) -> None:
     tensors = dict(manifest.tensors())
     held: dict[str, str] = {}
     for file in manifest.files:
-        for name, entry in safetensors.Reader(folder / file).entries.items():
+        for name, entry in safetensors.read_header(folder / file).entries.items():
             if name in held:
                 raise CorruptError(
                     f"{folder / file} and {held[name]} both hold {name!a}; save the "

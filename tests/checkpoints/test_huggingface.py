@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 
 import jax
@@ -83,29 +82,6 @@ def test_shards_are_the_same_model(sharded):
     assert_trees_equal(
         load_huggingface(sharded).params, load_huggingface(GOLDEN / "llama3").params
     )
-
-
-def test_a_tensor_is_let_go_before_the_next_is_read(folder, monkeypatch):
-    """Besides the finished leaves, at most one tensor is held."""
-    read = []
-
-    class Watched:
-        def __init__(self, source):
-            self.source = source
-            self.get_slice = source.get_slice
-
-        def get_tensor(self, name):
-            assert [n for n, held in read if held() is not None] == []
-            tensor = self.source.get_tensor(name)
-            read.append((name, weakref.ref(tensor)))
-            return tensor
-
-    one = huggingface._read_one
-    monkeypatch.setattr(
-        huggingface, "_read_one", lambda source, *rest: one(Watched(source), *rest)
-    )
-    params = load_huggingface(folder, jnp.float32).params
-    assert len(read) == len(jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama_biased", "qwen3"])
@@ -195,6 +171,9 @@ def test_an_index_that_lies_is_refused(sharded):
     path.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
     with pytest.raises(CheckpointError, match="not a plain file name"):
         load_huggingface(sharded)
+    path.write_text(json.dumps({"weight_map": {"x": ["model.safetensors"]}}))
+    with pytest.raises(CheckpointError, match="not a plain file name"):
+        load_huggingface(sharded)
     path.write_text("{}")
     with pytest.raises(CheckpointError, match="no 'weight_map'"):
         load_huggingface(sharded)
@@ -214,7 +193,7 @@ def test_a_corrupt_header_is_refused(folder):
     data = bytearray(path.read_bytes())
     data[8:40] = b"\xff" * 32
     path.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+    with pytest.raises(CheckpointError, match=r"header of .* is no valid JSON"):
         load_huggingface(folder)
 
 

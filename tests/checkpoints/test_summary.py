@@ -59,7 +59,7 @@ def test_inspect(tmp_path, backend, monkeypatch):
     leaves = [a for a in jax.tree.leaves(tree()) if isinstance(a, jax.Array)]
     stored = sum(a.size * a.dtype.itemsize for a in leaves)
     assert found.bytes == stored
-    assert found.parameters == 48 * 32 + 32 + 1 + 2 * 40 * 8
+    assert found.parameters == 48 * 32 + 32 + 1 + 2 * 30 * 8
     assert found.backend == backend
     assert found.config == {"model_type": "llama"}
     assert found.extra_files == ("config.json", "tokenizer.json")
