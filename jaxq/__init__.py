@@ -3,6 +3,8 @@
 from jaxq.checkpoints import CheckpointError as CheckpointError
 from jaxq.checkpoints import load as load
 from jaxq.checkpoints import save as save
+from jaxq.comparison import Comparison as Comparison
+from jaxq.comparison import compare as compare
 from jaxq.evaluate import perplexity as perplexity
 from jaxq.lift import Explanation as Explanation
 from jaxq.lift import Site as Site

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from jaxq.cli.compare import compare
 from jaxq.cli.demo import demo
 from jaxq.cli.evaluate import evaluate
 from jaxq.cli.generate import generate
@@ -27,6 +28,7 @@ that jaxq wrote, or the word [bold]demo[/] for the small model that comes with j
   jaxq quantize demo -o small --recipe w4a16     do it
   jaxq eval small --text demo --reference demo   what it cost
   jaxq generate small --prompt "import "         use it
+  jaxq compare demo -r w4a16,nf4 --text demo     which recipe to choose
 
 [bold]Exit codes[/]
   0    done
@@ -91,6 +93,7 @@ _add("eval", evaluate)
 _add("generate", generate)
 _add("plan", plan)
 _add("inspect", show)
+_add("compare", compare)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxq.cli.screen import size
+from jaxq.cli.screen import loss_color, size
 from jaxq.report import Result
 
 # What one recipe takes, in the units of the bar: quantizing, evaluating, layers.
@@ -121,7 +121,7 @@ class Board:
         rate = f"{speed:,.0f}" if speed > 0 else "–"
         if row is base:
             return [*shared, "–", "–", "–", rate]
-        color = "green" if row.kl < 0.01 else "yellow" if row.kl < 0.1 else "red"
+        color = loss_color(row.kl)
         worse = round(100 * (row.perplexity / base.perplexity - 1), 1) + 0.0  # no -0.0
         more = f" {worse:+.1f}%"
         shared[2] = Text.assemble(f"{row.perplexity:.2f}", (more, color))

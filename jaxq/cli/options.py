@@ -30,8 +30,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def read_recipe(name: str) -> Recipe:
+def read_recipe(name: str, option: str = "--recipe") -> Recipe:
     """Return the preset of that name, or the recipe in that file.
+
+    Args:
+        name: the preset or the file.
+        option: where it was given, for the message.
 
     Raises:
         typer.BadParameter: when there is neither, or the file holds no recipe.
@@ -46,7 +50,7 @@ def read_recipe(name: str) -> Recipe:
             raise ValueError(f"there is no file {name}")
         lookup(PRESETS, name, "recipe")
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--recipe") from error
+        raise typer.BadParameter(str(error), param_hint=option) from error
     raise AssertionError("lookup raises for a name that is no preset")
 
 

@@ -72,3 +72,8 @@ def size(count: float) -> str:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def loss_color(kl: float) -> str:
+    """Return the colour of a divergence in nats: next to nothing, some, much."""
+    return "green" if kl < 0.01 else "yellow" if kl < 0.1 else "red"

@@ -3,6 +3,7 @@
 from jaxq.evaluate.evaluation import Evaluation as Evaluation
 from jaxq.evaluate.evaluation import evaluate as evaluate
 from jaxq.evaluate.evaluation import logits_of as logits_of
+from jaxq.evaluate.language_model import LONGEST_WINDOW as LONGEST_WINDOW
 from jaxq.evaluate.language_model import LanguageModel as LanguageModel
 from jaxq.evaluate.language_model import batch_size as batch_size
 from jaxq.evaluate.language_model import evaluate_text as evaluate_text

@@ -1,5 +1,6 @@
 """A self-contained page of what quantization cost: tables, charts, no network."""
 
+from jaxq.report.comparison import write_comparison as write_comparison
 from jaxq.report.content import Channels as Channels
 from jaxq.report.content import Distribution as Distribution
 from jaxq.report.content import MatrixError as MatrixError

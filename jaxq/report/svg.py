@@ -29,9 +29,12 @@ def text(content: str, x: float, y: float, **attributes: object) -> str:
 
 
 def picture(
-    width: float, height: float, label: str, children: Iterable[str], **more: object
+    width: float, height: float, label: str, children: Iterable[str], /, **more: object
 ) -> str:
-    """Return a chart that scales with the page and says what it shows."""
+    """Return a chart that scales with the page and says what it shows.
+
+    Other attributes are added, for instance a ``width`` and ``height`` of its own.
+    """
     return element(
         "svg",
         *children,
@@ -99,10 +102,12 @@ def short(value: float) -> str:
     return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
 
 
-def horizontal_axis(scale: Scale, top: float, bottom: float, title: str) -> str:
-    """Return grid lines, labels and a title for a scale along x."""
+def horizontal_axis(
+    scale: Scale, top: float, bottom: float, title: str, count: int = 5
+) -> str:
+    """Return grid lines, about ``count`` labels and a title for a scale along x."""
     lines = []
-    for tick in scale.ticks():
+    for tick in scale.ticks(count):
         x = scale(tick)
         lines.append(element("line", x1=x, x2=x, y1=top, y2=bottom, class_="grid"))
         lines.append(text(short(tick), x, bottom + 16, class_="tick middle"))

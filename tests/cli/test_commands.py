@@ -15,7 +15,7 @@ from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
 from tests.tiny_lm import TEXT
 
-COMMANDS = ["demo", "quantize", "eval", "generate", "plan", "inspect"]
+COMMANDS = ["demo", "quantize", "eval", "generate", "plan", "inspect", "compare"]
 
 
 def test_help_teaches(jaxq):
