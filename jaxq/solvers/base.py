@@ -12,8 +12,8 @@ from jaxq.qtensor import QTensor
 class Statistics(NamedTuple):
     """What calibration saw of the activations that meet one weight.
 
-    Leading axes ``*stack`` enumerate independent weights (layers, experts). ``K`` counts
-    the contracted elements, in the order of the weight's contracted axes.
+    Leading axes ``*stack`` enumerate independent weights (layers, experts). ``K``
+    counts the contracted elements, in the order of the weight's contracted axes.
 
     Attributes:
         gram: ``float32[*stack, K, K]``, the raw sum ``Σ x xᵀ`` over tokens.

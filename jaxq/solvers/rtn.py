@@ -7,6 +7,7 @@ import jax
 
 from jaxq.qtensor import QTensor
 from jaxq.quantize import Axes, Blocking, quantize
+from jaxq.solvers.base import Solved
 from jaxq.solvers.clipping import clipped_bounds
 from jaxq.spec import QuantSpec
 
@@ -48,3 +49,8 @@ def rtn(
     where = Blocking.of(spec, weight.shape, axis, stacked)
     bounds = clipped_bounds(weight, spec, where, clip, options)
     return quantize(weight, spec, axis, stacked=stacked, bounds=bounds)
+
+
+def solve_rtn(*args: Any, **options: Any) -> Solved:
+    """Return `rtn` as a row of the table of solvers: without evidence."""
+    return Solved(rtn(*args, **options), {})

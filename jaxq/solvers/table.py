@@ -1,32 +1,42 @@
 """The table of solvers, one row each, and the compiled call of any of them."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxq.qtensor import QTensor
-from jaxq.solvers.rtn import rtn
+from jaxq.solvers.base import Solved, Solver, Statistics
+from jaxq.solvers.gptq import gptq
+from jaxq.solvers.rtn import solve_rtn
 from jaxq.spec import QuantSpec
 
-SOLVERS: dict[str, Callable[..., QTensor]] = {
-    "rtn": rtn,
-}
+_ROWS: tuple[Solver, ...] = (
+    Solver("rtn", solve_rtn),
+    Solver(
+        "gptq",
+        gptq,
+        needs=("gram", "tokens"),
+        optional=lambda options: ("drift",) if options.get("drift") else (),
+    ),
+)
+
+SOLVERS: dict[str, Solver] = {row.name: row for row in _ROWS}
 
 _STATIC = ("spec", "solver", "options", "contracting", "stacked")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def solve(
+def solve_with(
     weight: jax.Array,
+    statistics: Statistics | None,
     *,
     spec: QuantSpec,
     solver: str,
     options: tuple[tuple[str, Any], ...],
     contracting: tuple[int, ...],
     stacked: tuple[int, ...],
-) -> QTensor:
+) -> Solved:
     """Run a solver of the table, traced and compiled once per shape.
 
     Under `jax.eval_shape` it says what the result will weigh, and refuses what the
@@ -34,11 +44,19 @@ def solve(
 
     Args:
         weight: float, any shape.
+        statistics: what the solver's row needs; None for a data-free solver.
         spec: format, blocks and scales.
         solver: a key of `SOLVERS`.
         options: the solver's keyword arguments, as pairs.
         contracting: the contracted axes.
         stacked: axes that enumerate independent weights.
     """
-    run = SOLVERS[solver]
-    return run(weight, None, spec, axis=contracting, stacked=stacked, **dict(options))
+    run = SOLVERS[solver].run
+    return run(
+        weight, statistics, spec, axis=contracting, stacked=stacked, **dict(options)
+    )
+
+
+def solve(weight: jax.Array, **how: Any) -> QTensor:
+    """Return the weight as a data-free solver makes it; see `solve_with`."""
+    return solve_with(weight, None, **how).weight
