@@ -18,7 +18,10 @@ from jaxq.presets import as_recipe
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.quantize import padded_length
 from jaxq.recipe import Recipe, Rule
+from jaxq.solvers import solve_with
+from jaxq.solvers.base import Statistics
 from jaxq.spec import QuantSpec
+from jaxq.transforms import TRANSFORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +70,7 @@ class PlanRow:
         act = self.rule.activation
         kind = "static" if self.rule.static else "dynamic"
         extra = "" if act is None else f" × {act.format} per {act.block} ({kind})"
-        options = ", ".join(f"{k}={v}" for k, v in self.rule.options)
-        solver = self.rule.solver + (f"({options})" if options else "")
-        return f"{self.rule.weight.describe()}{extra}, {solver}"
+        return f"{self.rule.weight.describe()}{extra}, {self.rule.method}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,10 +251,7 @@ def _abstract(
         ValueError: naming the parameter, when the rule's solver refuses it.
     """
     try:
-        q = jax.eval_shape(
-            functools.partial(rule.solve, contracting=contracting, stacked=stacked),
-            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-        )
+        q = _abstractly_solved(leaf, rule, contracting, stacked)
     except UnknownNameError:
         raise
     except ValueError as error:
@@ -265,7 +263,52 @@ def _abstract(
         return q
     ones = [n if i in stacked else 1 for i, n in enumerate(leaf.shape)]
     scale = jax.ShapeDtypeStruct(tuple(ones), jnp.float32)
-    return dataclasses.replace(q, activation_scale=scale)
+    zero = None
+    if rule.activation is not None and not rule.activation.symmetric:
+        zero = jax.ShapeDtypeStruct(tuple(ones), jnp.int8)
+    return dataclasses.replace(q, activation_scale=scale, activation_zero=zero)
+
+
+def _abstractly_solved(
+    leaf: Any, rule: Rule, contracting: tuple[int, ...], stacked: tuple[int, ...]
+) -> QTensor:
+    """Return what transforms and solver make of a weight and of any statistics."""
+    if rule.weight is None:
+        raise ValueError(f"rule {rule.match!r} leaves weights float")
+    shape, extra = list(leaf.shape), {}
+    for name, options in rule.transforms:
+        if TRANSFORMS[name].kind == "split":
+            matrix = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+            run = functools.partial(TRANSFORMS[name].candidates, spec=rule.weight)
+            rows, index = jax.eval_shape(
+                functools.partial(run, **dict(options)), matrix
+            )
+            extra["rows"] = shape[contracting[0]]
+            extra["input_index"] = jax.ShapeDtypeStruct((*index.shape, 1), jnp.int32)
+            shape[contracting[0]] = rows.shape[-2]
+    kept = (*contracting, *stacked)
+    if any(TRANSFORMS[name].kind == "scale" for name, _ in rule.transforms):
+        along = [n if i in kept else 1 for i, n in enumerate(shape)]
+        extra["input_scale"] = jax.ShapeDtypeStruct(tuple(along), jnp.float32)
+    width = math.prod(shape[a] for a in contracting)
+    stack = tuple(shape[a] for a in stacked)
+    gram = jax.ShapeDtypeStruct((*stack, width, width), jnp.float32)
+    channel = jax.ShapeDtypeStruct((*stack, width), jnp.float32)
+    tokens = jax.ShapeDtypeStruct(stack, jnp.int32)
+    seen = Statistics(
+        gram, tokens, gram if "drift" in rule.needs else None, *[channel] * 2
+    )
+    solve = functools.partial(
+        solve_with,
+        spec=rule.weight,
+        solver=rule.solver,
+        options=rule.options,
+        contracting=contracting,
+        stacked=stacked,
+    )
+    weight = jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    q = jax.eval_shape(solve, weight, seen).weight
+    return dataclasses.replace(q, **extra)
 
 
 def _no_product(mine: Sequence[Use], fn: Any) -> str:

@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import yaml
 
 from jaxq.lift.use import SITE_OPS
+from jaxq.method import Chain, Method, Options, hashable
 from jaxq.names import lookup, unknown
-from jaxq.qtensor import QTensor
-from jaxq.solvers import SOLVERS, solve
+from jaxq.observers import OBSERVERS
+from jaxq.solvers import SOLVERS
 from jaxq.spec import QuantSpec
+from jaxq.transforms import TRANSFORMS
 
-Options = tuple[tuple[str, Any], ...]
+# the observers that a static activation scale can be made of
+RANGES = {name: row for name, row in OBSERVERS.items() if row().bounds is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +32,13 @@ class Rule:
         weight: the spec of the weight; None leaves it float.
         activation: the spec by which products quantize the other operand, or None.
         static: whether the activation's scale is calibrated once (needs calibration
-            data) instead of computed for every call.
-        solver: a key of `jaxq.solvers.SOLVERS`.
+            data) instead of computed for every call; or how its range is found: a key
+            of `jaxq.observers.OBSERVERS` that gives bounds (True: ``minmax``).
+        solver: a key of `jaxq.solvers.SOLVERS`; or what `jaxq.chain`, `jaxq.gptq` and
+            the like return, which then also gives the options and transforms.
         options: keyword arguments of the solver, as sorted pairs (a mapping is taken).
+        transforms: what re-parametrizes before the solver: names of
+            `jaxq.transforms.TRANSFORMS`, each with its options.
         ops: only parameters met by one of these operations (``gather``,
             ``dot_general``, ...); empty: any.
         required: whether matching nothing is an error.
@@ -49,21 +55,30 @@ class Rule:
     match: str = "*"
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    static: bool = False
+    static: bool | str = False
     solver: str = "rtn"
     options: Options = ()
+    transforms: tuple[tuple[str, Options], ...] = ()
     ops: tuple[str, ...] = ()
     required: bool = True
 
     def __post_init__(self) -> None:
         """Normalize the containers, and reject what cannot be meant."""
+        self._unpack_method()
         options = dict(self.options)
-        pairs = tuple((k, _hashable(options[k])) for k in sorted(options))
+        pairs = tuple((k, hashable(options[k])) for k in sorted(options))
         object.__setattr__(self, "options", pairs)
         ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
         object.__setattr__(self, "ops", ops)
         self._check_types()
         lookup(SOLVERS, self.solver, "solver")
+        if isinstance(self.static, str):
+            lookup(RANGES, self.static, "way to find a static range")
+        if self.transforms and self.weight is None:
+            raise ValueError(
+                f"rule {self.match!r} transforms but leaves the weight float; give it "
+                f"a weight spec, or drop the transforms"
+            )
         for op in self.ops:
             if op not in SITE_OPS:
                 raise unknown(op, SITE_OPS, "operation")
@@ -84,6 +99,50 @@ class Rule:
                 re.compile(self.match[3:])
             except re.error as error:
                 raise ValueError(f"rule {self.match!r}: {error}") from error
+
+    def _unpack_method(self) -> None:
+        """Take apart what `jaxq.chain` made, and normalize the transforms."""
+        method: Any = self.solver
+        transforms: list[Method] = []
+        if isinstance(method, Method):
+            method = Chain((), method)
+        if isinstance(method, Chain):
+            if self.options or self.transforms:
+                raise ValueError(
+                    f"rule {self.match!r} has solver={method!r}, which says all: drop "
+                    f"options= and transforms="
+                )
+            object.__setattr__(self, "solver", method.solver.name)
+            object.__setattr__(self, "options", method.solver.options)
+            transforms = list(method.transforms)
+        for item in self.transforms:
+            name, options = (item, ()) if isinstance(item, str) else item
+            lookup(TRANSFORMS, name, "transform")
+            transforms.append(Method(name, options))
+        pairs = tuple((m.name, m.options) for m in transforms)
+        object.__setattr__(self, "transforms", pairs)
+
+    @property
+    def method(self) -> str:
+        """Transforms and solver with their options, in one line."""
+        steps = (*self.transforms, (self.solver, self.options))
+        return " + ".join(repr(Method(*step)) for step in steps)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The statistics of activations that its solver asks for."""
+        solver = SOLVERS[self.solver]
+        return (*solver.needs, *solver.optional(dict(self.options)))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it can do nothing without calibration data."""
+        return bool(self.needs or self.transforms or self.static)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the weight is tuned together with its block."""
+        return SOLVERS[self.solver].tunes
 
     def _check_types(self) -> None:
         """Raise on a pattern that is no text, or a spec that is no spec."""
@@ -108,25 +167,6 @@ class Rule:
             return re.fullmatch(self.match[3:], path) is not None
         return fnmatch.fnmatchcase(path, self.match)
 
-    def solve(
-        self, weight: jax.Array, contracting: tuple[int, ...], stacked: tuple[int, ...]
-    ) -> QTensor:
-        """Return the weight as the rule's solver and spec make it.
-
-        Raises:
-            ValueError: when the rule leaves weights float, or the solver refuses.
-        """
-        if self.weight is None:
-            raise ValueError(f"rule {self.match!r} leaves weights float")
-        return solve(
-            weight,
-            spec=self.weight,
-            solver=self.solver,
-            options=self.options,
-            contracting=contracting,
-            stacked=stacked,
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as plain data."""
         out: dict[str, Any] = {"match": self.match}
@@ -138,6 +178,8 @@ class Rule:
                 value = value.to_dict()
             elif field.name == "options":
                 value = {k: _plain(v) for k, v in value}
+            elif field.name == "transforms":
+                value = [[n, {k: _plain(v) for k, v in o}] for n, o in value]
             out[field.name] = _plain(value)
         return out
 
@@ -157,11 +199,6 @@ class Rule:
             if isinstance(fields.get(key), Mapping):
                 fields[key] = QuantSpec.from_dict(fields[key])
         return cls(**fields)
-
-
-def _hashable(value: Any) -> Any:
-    """Return an option as a rule keeps it: lists become tuples."""
-    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _plain(value: Any) -> Any:

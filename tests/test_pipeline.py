@@ -122,9 +122,10 @@ def test_jit_and_eval_shape_see_the_same(weight, x):
     ]
 
 
-def test_a_static_recipe_under_jit(weight, x):
+def test_calibration_under_jit_is_refused(weight, x):
     run = lambda p, x: quantize_params(p, STATIC, product, [(x,)])
-    same(jax.jit(run)({"w": weight}, x), run({"w": weight}, x))
+    with pytest.raises(ValueError, match=r"outside jax\.jit: call quantize_params"):
+        jax.jit(run)({"w": weight}, x)
 
 
 def test_progress_is_told_after_every_parameter():
@@ -204,12 +205,14 @@ def test_static_scales_of_scanned_layers_are_each_layers_own(rng):
     q = leaves(quantize_params(params, STATIC, fn, [(x,), (0.5 * x,)]))
     scales = q["params/layers/dense/kernel"].activation_scale
     assert scales.shape == (3, 1, 1)
-    dense = jax.tree.map(np.float64, params["params"]["layers"]["dense"])
+    kernel = oracle.dequantize(q["params/layers/dense/kernel"])
+    bias = np.float64(params["params"]["layers"]["dense"]["bias"])
     y = np.float64(x)
     for layer in range(3):  # the half batch never has the largest number
-        expected = np.abs(y).max() / 127
-        assert scales[layer, 0, 0] == pytest.approx(expected, rel=1e-5)
-        y = 2 * np.tanh(y @ dense["kernel"][layer] + dense["bias"][layer])
+        scale = np.abs(y).max() / 127
+        assert scales[layer, 0, 0] == pytest.approx(scale, rel=1e-5)
+        y = np.rint(y / scale) * scale  # what the quantized layer makes of it
+        y = 2 * np.tanh(y @ kernel[layer] + bias[layer])
     got = quantized(fn)(quantize_params(params, STATIC, fn, [(x,)]), x)
     np.testing.assert_allclose(got, fn(params, x), atol=0.1)
 
@@ -221,14 +224,14 @@ def experts(params, x):
     return jax.lax.scan(layer, x, params["w"])[0]
 
 
-def test_static_scales_of_experts_in_layers_are_the_layers(rng):
+def test_static_scales_of_experts_in_layers_are_each_experts_own(rng):
     w = jnp.asarray(0.3 * rng.standard_normal((2, 3, 16, 16)), jnp.float32)
     x = jnp.asarray(rng.standard_normal((3, 4, 16)), jnp.float32)
     q = quantize_params({"w": w}, STATIC, experts, [(x,)])
     scale = q["w"].activation_scale
     assert scale.shape == (2, 3, 1, 1)
-    assert np.ptp(scale, axis=1).max() == 0
-    assert scale[0, 0, 0, 0] == np.abs(x).max() / np.float32(127)
+    largest = np.abs(x).max((1, 2)) / np.float32(127)
+    np.testing.assert_array_equal(scale[0, :, 0, 0], largest)
     got = quantized(experts)(q, x)
     np.testing.assert_allclose(got, experts({"w": w}, x), atol=0.05)
 
@@ -307,7 +310,7 @@ def test_nan_and_infinity_are_all_named_before_any_work(weight, x):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_nan_activations_give_no_static_scale(value, weight, x):
-    with pytest.raises(ValueError, match="NaN or Inf in the activation of 'w'"):
+    with pytest.raises(ValueError, match="the activation that 'w' meets holds NaN or Inf"):
         quantize_params({"w": weight}, STATIC, product, [(x.at[0, 0].set(value),)])
 
 

@@ -13,8 +13,12 @@ from typing import Any
 
 from jax.extend import core as jexc
 
+from jaxq.lift.product import Product
 from jaxq.lift.segment import Segment
-from jaxq.lift.unroll import ACTIVATION, SLICE, Flat, Product, flatten
+from jaxq.lift.unroll import ACTIVATION, SLICE, Flat, flatten
+
+LOOKED_UP = "it is looked up, not multiplied with"
+CLOSED = "its product is inside a loop or a branch"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -42,12 +46,14 @@ class Meeting:
         key: the weight.
         product: how it is multiplied.
         activation: the value of the program that it meets.
+        mark: the same value, as the product takes it.
         sizes: the value that says how many rows each expert gets (``ragged_dot``).
     """
 
     key: Key
     product: Product
     activation: Any
+    mark: Any
     sizes: Any = None
 
     @property
@@ -87,7 +93,7 @@ class Program:
         flat: the whole of it.
         groups: in the order of execution.
         last: the segment behind the last group, which makes the results.
-        skipped: weights that stand in no group, and why.
+        skipped: parameters that stand in no group, by path, and why.
         weights: the program's values that are weights.
         constants: values that are known beforehand.
         inputs: the values that the function's other arguments become.
@@ -96,7 +102,7 @@ class Program:
     flat: Flat
     groups: tuple[Group, ...]
     last: Segment
-    skipped: Mapping[Key, str]
+    skipped: Mapping[str, str]
     weights: Mapping[Any, Key]
     constants: Mapping[Any, Any]
     inputs: tuple[Any, ...]
@@ -159,8 +165,9 @@ class _Cut:
     constants: dict[Any, Any]
     inputs: tuple[Any, ...]
     sizes: dict[Any, Any]
+    results: dict[Any, Sequence[Any]]
     order: dict[Any, int]
-    skipped: dict[Key, str]
+    skipped: dict[str, str]
 
     @classmethod
     def of(
@@ -179,12 +186,14 @@ class _Cut:
             else:
                 inputs.append(v)
         sizes: dict[Any, Any] = {}
+        results: dict[Any, Sequence[Any]] = {}
         order = {v: i for i, v in enumerate(jaxpr.invars)}
         for eqn in jaxpr.eqns:
             order.update((v, len(order)) for v in eqn.outvars)
             number = _marked(eqn, SLICE)
             if number is not None:
                 weights[eqn.outvars[0]] = Key(*flat.slices[number])
+            results.update((v, eqn.outvars) for v in eqn.invars if _is_var(v))
             if eqn.primitive.name.startswith("ragged_dot"):
                 sizes[eqn.invars[0]] = eqn.invars[2]
         return cls(
@@ -195,12 +204,16 @@ class _Cut:
             constants,
             tuple(inputs),
             sizes,
+            results,
             order,
             {},
         )
 
     def program(self) -> Program:
         """Cut, and drop from the groups what would stand in several of them."""
+        for product in self.flat.products:
+            if product.whole is not None:
+                self.skipped[product.use.path] = product.whole
         groups = self._groups()
         places: dict[Key, set[int]] = {}
         for i, meetings in enumerate(groups):
@@ -208,7 +221,7 @@ class _Cut:
                 places.setdefault(m.key, set()).add(i)
         several = {key: len(at) for key, at in places.items() if len(at) > 1}
         for key, count in several.items():
-            self.skipped[key] = f"{count} products at different places share it"
+            self.skipped[key.path] = f"{count} products at different places share it"
         if several:
             groups = self._groups()
         return self._segments(groups)
@@ -237,13 +250,10 @@ class _Cut:
         """Return the product that a mark is about, if its weight is to be solved."""
         product = self.flat.products[number]
         key = Key(product.use.path, product.index)
-        if not self.targets(key.path) or key in self.skipped:
-            return None
-        if product.whole is not None:
-            self.skipped[key] = product.whole
+        if not self.targets(key.path) or key.path in self.skipped:
             return None
         sizes = self.sizes.get(eqn.outvars[0])
-        return Meeting(key, product, eqn.invars[0], sizes)
+        return Meeting(key, product, eqn.invars[0], eqn.outvars[0], sizes)
 
     def _segments(self, groups: list[list[Meeting]]) -> Program:
         """Give every equation to the first segment that needs it."""
@@ -251,6 +261,10 @@ class _Cut:
         done: set[int] = set()
         goals = [[v for m in group for v in m.values] for group in groups]
         goals.append(list(jaxpr.outvars))
+        # a group's products run right behind it, so that its weights can be let go
+        used = self._used()
+        for group, goal in zip(groups, goals[1:], strict=False):
+            goal += [v for m in group for v in self.results[m.mark] if v in used]
         bodies = [self._ancestors(goal, done) for goal in goals]
         segments, lives = [], []
         needed: set[Any] = set()
@@ -283,6 +297,11 @@ class _Cut:
             self.inputs,
         )
 
+    def _used(self) -> set[Any]:
+        """Return the values that the function's results depend on."""
+        body = self._ancestors(self.flat.jaxpr.jaxpr.outvars, set())
+        return {v for eqn in body for v in eqn.outvars}
+
     def _moves(self, v: Any) -> bool:
         """Whether a value differs from batch to batch."""
         return v not in self.weights and v not in self.constants
@@ -303,20 +322,15 @@ class _Cut:
             wanted.update(v for v in eqn.invars if _is_var(v))
         return body[::-1]
 
-    def _all_skipped(self, groups: list[list[Meeting]]) -> dict[Key, str]:
-        """Return all target weights that no group has, and why."""
-        out = dict(self.skipped)
+    def _all_skipped(self, groups: list[list[Meeting]]) -> dict[str, str]:
+        """Return all target parameters that no group has, and why."""
+        out = {path: why for path, why in self.skipped.items() if self.targets(path)}
         grouped = {m.key.path for group in groups for m in group}
-        grouped |= {key.path for key in out}
         for use in self.flat.uses:
-            if use.is_site and use.path not in grouped and self.targets(use.path):
-                gather = use.op == "gather"
-                out.setdefault(
-                    Key(use.path),
-                    "it is looked up, not multiplied with"
-                    if gather
-                    else "its product is inside a loop or a branch",
-                )
+            known = use.path in grouped or use.path in out
+            if use.is_site and not known and self.targets(use.path):
+                looked_up = use.op == "gather"
+                out[use.path] = LOOKED_UP if looked_up else CLOSED
         return out
 
 

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from jaxq.lift.replay import Replay, Tap
+from jaxq.lift.product import Product, describe, weight_side
+from jaxq.lift.product_rules import PRODUCT_RULES
+from jaxq.lift.replay import Replay, Tap, is_outer
 from jaxq.lift.trace import Call, trace
 from jaxq.lift.weight import Weight
 from jaxq.qtensor import QTensor
@@ -43,6 +46,48 @@ def tapped(fn: Callable[..., Any], tap: Tap) -> Callable[..., dict[str, list[Any
         return replay.taps
 
     return run
+
+
+def product_tapped(
+    fn: Callable[..., Any], tap: Callable[[Product, jax.Array, Any], Any]
+) -> Callable[..., dict[str, list[Any]]]:
+    """Return what `tapped` does, with ``tap(product, activation, sizes)``.
+
+    The product says which axes of the activation are summed over; ``sizes`` are the
+    rows of each expert of a ``ragged_dot``, else None.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> dict[str, list[Any]]:
+        call = Call.of(args, kwargs)
+        traced = trace(fn, call)
+        replay = _Watching(traced.jaxpr.jaxpr.debug_info, look=tap)
+        replay.run(traced.jaxpr, [_watch(call, i) for i in call.dynamic])
+        return replay.taps
+
+    return run
+
+
+@dataclasses.dataclass
+class _Watching(Replay):
+    """A replay that looks at products as equations.
+
+    Attributes:
+        look: what to collect at a product.
+    """
+
+    look: Callable[[Product, jax.Array, Any], Any] | None = None
+
+    def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+        """Evaluate one equation that meets a leaf."""
+        if eqn.primitive.name in PRODUCT_RULES and not is_outer(eqn):
+            side = weight_side(eqn, values)
+            if side is not None and self.look is not None:
+                x = self.arrays([values[1 - side]], eqn.primitive.name)[0]
+                product = describe(eqn, values[side], side, x)
+                sizes = values[2] if product.groups else None
+                found = self.look(product, x, sizes)
+                self.taps.setdefault(product.use.path, []).append(found)
+        return super()._equation(eqn, values)
 
 
 def _watch(call: Call, index: int) -> Any:

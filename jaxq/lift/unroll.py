@@ -16,6 +16,7 @@ from jax.extend import core as jexc
 
 from jaxq.lift.control_rules import call, scan_arity
 from jaxq.lift.leaf import is_leaf
+from jaxq.lift.product import Product, describe, weight_side
 from jaxq.lift.product_rules import PRODUCT_RULES
 from jaxq.lift.replay import Replay, is_outer
 from jaxq.lift.trace import Call, trace
@@ -24,29 +25,6 @@ from jaxq.lift.weight import Weight
 
 ACTIVATION = "jaxq/activation/"
 SLICE = "jaxq/slice/"
-UNSEEN_PATCHES = "the patches of a convolution are not observed"
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """One product of the flat program.
-
-    Attributes:
-        use: the parameter, the operation and the parameter's axes.
-        index: which slice of the parameter it takes, one number per enclosing scan.
-        batch: the activation's axes that go with stacked weights (experts), in the
-            order of the weight's stacked axes.
-        summed: the activation's contracted axes, in the order of the weight's.
-        groups: the number of experts of a ``ragged_dot``, else 0.
-        whole: why the activation does not cover the whole contraction, or None.
-    """
-
-    use: Use
-    index: tuple[int, ...]
-    batch: tuple[int, ...] = ()
-    summed: tuple[int, ...] = ()
-    groups: int = 0
-    whole: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,17 +132,13 @@ class Unroll(Replay):
 
     def _marked(self, eqn: Any, values: list[Any]) -> list[Any]:
         """Mark the activation of a product, and record it."""
-        leaves = [i for i, v in enumerate(values) if is_leaf(v)]
-        side = leaves[-1] if leaves[-1] < 2 else leaves[0]
-        other = 1 - side
-        leaf, x = values[side], values[other]
-        if eqn.primitive.name.startswith("ragged") and side != 1:
+        side = weight_side(eqn, values)
+        if side is None:
             return values
-        if is_leaf(x):
-            x = self.arrays([x], eqn.primitive.name)[0]
-        out = list(values)
-        out[other] = checkpoint_name(x, f"{ACTIVATION}{len(self.products)}")
-        self.products.append(_product(eqn, leaf, side, x))
+        leaf, out = values[side], list(values)
+        x = self.arrays([values[1 - side]], eqn.primitive.name)[0]
+        out[1 - side] = checkpoint_name(x, f"{ACTIVATION}{len(self.products)}")
+        self.products.append(describe(eqn, leaf, side, x))
         return out
 
     def _scan(self, eqn: Any, values: list[Any]) -> list[Any]:
@@ -194,59 +168,6 @@ class Unroll(Replay):
             value = checkpoint_name(value, f"{SLICE}{len(self.slices)}")
             self.slices.append((x.path, index))
         return dataclasses.replace(x, value=value, index=index)
-
-
-def _product(eqn: Any, leaf: Weight, side: int, x: jax.Array) -> Product:
-    """Describe a product: which axes of its activation are what."""
-    name = eqn.primitive.name
-    if name.startswith("ragged"):
-        return _ragged_product(eqn, leaf, x)
-    if name == "conv_general_dilated":
-        summed = tuple(sorted(eqn.params["dimension_numbers"].rhs_spec[1:]))
-        use = Use(leaf.path, name, leaf.original(summed), leaf.stacked)
-        return Product(use, leaf.index, whole=UNSEEN_PATCHES)
-    contract, batch = eqn.params["dimension_numbers"]
-    wc, xc = contract[side], contract[1 - side]
-    wb, xb = batch[side], batch[1 - side]
-    order = sorted(range(len(wc)), key=lambda i: (min(leaf.axes[wc[i]] or {0}), wc[i]))
-    places = sorted(range(len(wb)), key=lambda i: (min(leaf.axes[wb[i]] or {0}), wb[i]))
-    contracted = leaf.original(wc)
-    stacked = tuple(sorted({*leaf.stacked, *leaf.original(wb)}))
-    length = 1
-    for axis in contracted:
-        length *= leaf.full[axis]
-    seen = 1
-    for axis in xc:
-        seen *= x.shape[axis]
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return Product(
-        Use(leaf.path, "dot_general", contracted, stacked, shape),
-        leaf.index,
-        tuple(xb[i] for i in places),
-        tuple(xc[i] for i in order),
-        whole=None
-        if seen == length
-        else f"a product sums over {seen} of its {length} contracted elements",
-    )
-
-
-def _ragged_product(eqn: Any, leaf: Weight, x: jax.Array) -> Product:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    usual = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ()))
-    usual = usual and tuple(numbers.rhs_group_dimensions) == (0,)
-    usual = usual and tuple(numbers.lhs_ragged_dimensions) == (0,)
-    (_, contract), (_, batch) = numbers.dot_dimension_numbers
-    stacked = leaf.original((*batch, *numbers.rhs_group_dimensions))
-    stacked = tuple(sorted({*leaf.stacked, *stacked}))
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return Product(
-        Use(leaf.path, "ragged_dot", leaf.original(contract), stacked, shape),
-        leaf.index,
-        (),
-        (1,),
-        groups=leaf.value.shape[0],
-        whole=None if usual else f"dimension numbers {numbers}",
-    )
 
 
 def _scans_weights(eqn: Any, values: Sequence[Any]) -> bool:

@@ -1,0 +1,58 @@
+"""Evidence: for every quantized tensor, proof of what calibration did to it."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What was done to one weight, and what it cost on the calibration data.
+
+    Attributes:
+        path: the parameter's path; a scanned parameter has one entry per step.
+        method: transforms and solver, as the recipe names them.
+        tokens: how many tokens reached it; for experts the sum.
+        loss: ``tr(Δ H Δᵀ) / (tokens · outputs)``, the mean squared error of its
+            product, against the float weight.
+        rtn_loss: the same of its own round to nearest (the spec's full range).
+        damping: the share of the Gram's mean diagonal that was added, or None.
+        order: in which order columns were solved, or None.
+        seconds: spent on it, compilation included.
+        fallback: why it is not what the recipe asked for, or None.
+        note: anything else worth knowing, or None.
+        experts: tokens of each stacked weight, empty without a stack.
+        block_loss: relative squared error of the block's output before and after
+            tuning, or None.
+    """
+
+    path: str
+    method: str
+    tokens: int
+    loss: float | None = None
+    rtn_loss: float | None = None
+    damping: float | None = None
+    order: str | None = None
+    seconds: float = 0.0
+    fallback: str | None = None
+    note: str | None = None
+    experts: tuple[int, ...] = ()
+    block_loss: tuple[float, float] | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """The loss as a share of round to nearest's."""
+        if self.loss is None or not self.rtn_loss:
+            return None
+        return self.loss / self.rtn_loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, without what is not known."""
+        fields = dataclasses.asdict(self)
+        fields["solver"] = fields.pop("method")
+        kept = ("tokens", "loss", "rtn_loss", "damping", "order", "seconds", "fallback")
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if name in (*kept, "solver") or value
+            if name != "path"
+        }

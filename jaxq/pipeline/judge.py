@@ -1,0 +1,68 @@
+"""Judge candidates for some weights by what the whole block makes of them."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.lift.program import Key
+from jaxq.pipeline.store import Store
+from jaxq.pipeline.stream import Stream
+
+# a few batches are enough to rank candidates
+BATCHES = 4
+
+
+@dataclasses.dataclass
+class Judge:
+    """The error of a block's output when some of its weights are replaced.
+
+    All other weights of the block are float, and the float block sees the same input:
+    what is judged is what the candidates do, not what came before them.
+
+    Attributes:
+        stream: the data at the group whose weights are judged.
+        segments: how many segments lead to the end of the block.
+        store: reads float weights.
+    """
+
+    stream: Stream
+    segments: int
+    store: Store
+
+    def __call__(self, candidates: Mapping[Key, Any]) -> float:
+        """Return ``Σ ‖y − ŷ‖² / ‖y‖²`` over the values that the block hands on."""
+
+        def weight(key: Key) -> Any:
+            found = candidates.get(key)
+            return self.store.float_weight(key) if found is None else found
+
+        moved = self._run(weight)
+        pairs = zip(self._exact, moved, strict=True)
+        return float(sum(_relative(a, b) for a, b in pairs))
+
+    @functools.cached_property
+    def _exact(self) -> list[list[jax.Array]]:
+        return self._run(self.store.float_weight)
+
+    def _run(self, weight: Any) -> list[list[jax.Array]]:
+        stream = self.stream.take(BATCHES)
+        for _ in range(self.segments):
+            stream = stream.advance(weight)
+        return [list(batch.values.values()) for batch in stream.batches]
+
+
+@jax.jit
+def _relative(exact: list[jax.Array], moved: list[jax.Array]) -> jax.Array:
+    """Return the squared error over the squared size, summed over float values."""
+    total = jnp.float32(0)
+    for a, b in zip(exact, moved, strict=True):
+        if jnp.issubdtype(a.dtype, jnp.floating):
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+            size = jnp.sum(a * a)
+            error = jnp.sum((a - b) ** 2)
+            total = total + jnp.where(size > 0, error / size, jnp.float32(0))
+    return total

@@ -1,0 +1,154 @@
+"""Calibrate on the float model, where a weight cannot be reached in sequence."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.lift import product_tapped
+from jaxq.lift.product import Product
+from jaxq.lift.program import Key
+from jaxq.pipeline.checks import is_constant
+from jaxq.pipeline.evidence import Evidence
+from jaxq.pipeline.rows import Layout
+from jaxq.pipeline.solve import Task, losses, rounded, solve_task
+from jaxq.pipeline.statistics import Seen, empty, merge, updated
+from jaxq.pipeline.store import Store, read_leaf
+from jaxq.qtensor import QTensor
+from jaxq.scales import affine
+
+NOTE = "calibrated in one shot on the float model: {why}"
+
+
+def solve_in_one_shot(
+    store: Store,
+    params: Any,
+    fn: Callable[..., Any] | None,
+    batches: Sequence[Sequence[Any]],
+) -> list[Evidence]:
+    """Solve the weights that the program's groups skip, and settle them.
+
+    Their statistics are summed over all the places where they stand, and over the steps
+    of loops. What is never multiplied, or where no tap reaches, is rounded to nearest.
+    """
+    todo = [path for path in store.skipped if path not in store.done]
+    if not todo or fn is None:
+        return []
+    seen = _observe(fn, jax.tree.map(read_leaf, params), batches, set(todo))
+    out = []
+    for path in todo:
+        start = time.perf_counter()
+        task = store.task(Key(path))
+        statistics = seen.get(path)
+        found = _fit(statistics, task)
+        q, evidence = _solve(task, found, store.skipped[path])
+        store.settle(Key(path), q)
+        seconds = time.perf_counter() - start
+        out.append(dataclasses.replace(evidence, seconds=seconds))
+    return out
+
+
+def _observe(
+    fn: Callable[..., Any], params: Any, batches: Sequence[Any], paths: set[str]
+) -> dict[str, Seen]:
+    """Return the statistics of some parameters, over all their products."""
+
+    def tap(product: Product, x: jax.Array, sizes: Any) -> Any:
+        if product.use.path not in paths or product.whole is not None:
+            return None
+        layout = Layout.of(product)
+        return updated(empty(x, layout, False), x, layout, None, sizes, None)[0]
+
+    @functools.cache
+    def steps(*constants: int) -> Callable[..., dict[str, list[Any]]]:
+        return jax.jit(product_tapped(fn, tap), static_argnums=constants)
+
+    total: dict[str, Seen] = {}
+    for batch in batches:
+        constants = (i for i, x in enumerate(batch, 1) if is_constant(x))
+        for path, uses in steps(*constants)(params, *batch).items():
+            for use in uses:
+                if use is None:
+                    continue
+                known = total.get(path)
+                total[path] = use if known is None else _added(known, use)
+    return total
+
+
+def _added(a: Seen, b: Seen) -> Seen:
+    """Return both; a loop's statistics may have to be summed over its steps first."""
+    while a.tokens.ndim > b.tokens.ndim:
+        a = _over_steps(a)
+    while b.tokens.ndim > a.tokens.ndim:
+        b = _over_steps(b)
+    return merge(a, b)
+
+
+def _over_steps(seen: Seen) -> Seen:
+    """Sum statistics over their leading axis."""
+    parts = [jax.tree.map(lambda a, i=i: a[i], seen) for i in range(len(seen.tokens))]
+    return functools.reduce(merge, parts)
+
+
+def _fit(seen: Seen | None, task: Task) -> Seen | None:
+    """Return statistics that fit the weight's stack, or None."""
+    if seen is None or seen.gram.total.shape[-1] != task.width:
+        return None
+    while seen.tokens.ndim > len(task.stack):
+        seen = _over_steps(seen)
+    fits = seen.tokens.shape == task.stack or not seen.tokens.ndim
+    return seen if fits else None
+
+
+def _solve(task: Task, seen: Seen | None, why: str) -> tuple[QTensor, Evidence]:
+    """Solve one weight, or round it where nothing was seen."""
+    name, method = str(task.key), task.rule.method
+    usable = seen is not None and int(jnp.sum(seen.tokens)) > 0
+    if not usable or seen is None or task.rule.transforms:
+        reason = f"rounded to nearest: {why}"
+        return _activated(rounded(task), task, None), Evidence(
+            name, method, 0, fallback=reason
+        )
+    statistics = task.fitted(seen.statistics())
+    solved = solve_task(task, statistics)
+    q = _activated(solved.weight, task, seen)
+    loss, near = losses(task, q, statistics)
+    ok = bool(jnp.all(solved.info.get("ok", jnp.asarray(True))))
+    damping = solved.info.get("damping")
+    return q, Evidence(
+        name,
+        method,
+        int(jnp.sum(seen.tokens)),
+        float(loss),
+        float(near),
+        None if damping is None else float(jnp.max(damping)),
+        fallback=None if ok else "rounded to nearest: its Gram matrix is unusable",
+        note=NOTE.format(why=why),
+    )
+
+
+def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
+    """Return the weight with what the recipe says of its activation."""
+    q = dataclasses.replace(q, activation=task.rule.activation)
+    spec = task.rule.activation
+    if not task.rule.static or spec is None:
+        return q
+    if seen is None:
+        raise ValueError(
+            f"no activation of {str(task.key)!r} was seen during calibration, so it "
+            f"has no static scale: use a dynamic activation scale for it"
+        )
+    low, high = jnp.min(seen.low, axis=-1), jnp.max(seen.high, axis=-1)
+    scale, zero = affine(low, high, spec)
+    lengths = [n if a in task.stacked else 1 for a, n in enumerate(task.weight.shape)]
+
+    def fit(values: jax.Array) -> jax.Array:
+        many = values if values.ndim else jnp.broadcast_to(values, task.stack)
+        return many.reshape(lengths)
+
+    whole = None if zero is None else fit(zero).astype(jnp.int8)
+    return dataclasses.replace(q, activation_scale=fit(scale), activation_zero=whole)

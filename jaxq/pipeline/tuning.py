@@ -1,0 +1,115 @@
+"""Tune the weights of a block together, so that its output is the float block's."""
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxq.lift.program import Group, Key
+from jaxq.pipeline.block import (
+    block_function,
+    fixed_values,
+    moving_values,
+    output_values,
+)
+from jaxq.pipeline.group import Outcome
+from jaxq.pipeline.solve import Task, losses
+from jaxq.pipeline.store import Store
+from jaxq.pipeline.stream import Stream
+from jaxq.solvers.autoround import Problem, Samples, Settings, tune
+
+
+def tune_block(
+    groups: Sequence[Group],
+    outcomes: Mapping[Key, Outcome],
+    begin: Stream,
+    targets: Stream,
+    store: Store,
+) -> dict[Key, Outcome]:
+    """Return better weights for a block, from those that its solvers found.
+
+    Args:
+        groups: of the block.
+        outcomes: the weights that rules tune.
+        begin: the calibration data at the block's first group, after the quantized
+            prefix.
+        targets: the float model's data behind the block.
+        store: reads float weights.
+    """
+    start = time.perf_counter()
+    program = begin.program
+    first = program.groups.index(groups[0])
+    function, names = block_function(
+        program, first, first + len(groups) - 1, tuple(outcomes)
+    )
+    # batches of other shapes than the first's would have to be compiled again
+    pairs = zip(begin.batches, targets.batches, strict=True)
+    same = [(b, t) for b, t in pairs if b.program is program]
+    samples = Samples(
+        _stacked([moving_values(function, b) for b, _ in same]),
+        _stacked([output_values(function, t) for _, t in same]),
+        _mask([b.mask for b, _ in same]),
+    )
+    tasks = {key: store.task(key) for key in outcomes}
+    problems = {
+        name: Problem(_base(tasks[key], outcomes[key]), outcomes[key].weight)
+        for name, key in names.items()
+    }
+    rule = next(iter(tasks.values())).rule
+    tuned = tune(
+        function,
+        problems,
+        samples,
+        _settings(dict(rule.options)),
+        fixed=fixed_values(function, program, store.weight),
+        key=jax.random.key(zlib.crc32(groups[0].block.encode())),
+    )
+    out = dict(outcomes)
+    before, after = float(tuned.start_loss), float(tuned.best_loss)
+    seconds = (time.perf_counter() - start) / len(names)
+    for name, key in names.items():
+        old = outcomes[key]
+        q = dataclasses.replace(
+            tuned.weights[name],
+            activation=old.weight.activation,
+            dtype=old.weight.dtype,
+        )
+        loss = old.evidence.loss
+        if old.statistics is not None:
+            loss = float(losses(tasks[key], q, old.statistics)[0])
+        evidence = dataclasses.replace(
+            old.evidence,
+            loss=loss,
+            seconds=old.evidence.seconds + seconds,
+            block_loss=(before, after),
+        )
+        out[key] = Outcome(q, evidence)
+    return out
+
+
+def _settings(options: Mapping[str, Any]) -> Settings:
+    """Return those of a rule's options that are about tuning."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    # a batch of calibration data is a batch of sequences already
+    return Settings(**{"batch": 1} | {k: v for k, v in options.items() if k in known})
+
+
+def _base(task: Task, outcome: Outcome) -> jax.Array:
+    """Return what is rounded: what the solver compensated, else the float weight."""
+    if outcome.compensated is not None:
+        return outcome.compensated
+    return jnp.asarray(task.weight, jnp.float32)
+
+
+def _stacked(batches: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *a: jnp.stack(a), *batches)
+
+
+def _mask(masks: Sequence[Any]) -> jax.Array | None:
+    if all(m is None for m in masks):
+        return None
+    return jnp.stack([jnp.asarray(m, jnp.float32) for m in masks])
