@@ -14,9 +14,12 @@ from jaxq.cli.board import Board
 from jaxq.cli.failures import guarded
 from jaxq.cli.options import Debug, Json, read_text
 from jaxq.cli.screen import errors, print_json, results
+from jaxq.comparison import needs_data
 from jaxq.evaluate import evaluate, logits_of, parameter_count, text_windows
 from jaxq.lm import DEMO, LM, load_model
+from jaxq.presets import as_recipe
 from jaxq.report import (
+    Evidence,
     MatrixError,
     Report,
     Result,
@@ -25,6 +28,7 @@ from jaxq.report import (
     distribution_of,
     group_by_kind,
     matrix_errors,
+    read_evidence,
     write_report,
 )
 
@@ -93,6 +97,7 @@ class Study:
         results: of the recipes measured, the float model first.
         matrices: errors per matrix.
         kept: quantized models that are needed later.
+        evidence: of recipes that saw data, by name.
     """
 
     lm: LM
@@ -102,6 +107,7 @@ class Study:
     results: list[Result]
     matrices: list[MatrixError]
     kept: dict[str, LM]
+    evidence: dict[str, Evidence]
 
 
 def _study(lm: LM, windows: np.ndarray, board: Board) -> Study:
@@ -121,7 +127,7 @@ def _study(lm: LM, windows: np.ndarray, board: Board) -> Study:
     board.begin("float", "watching activations", 0.5)
     tokens = jnp.asarray(windows[:2])
     activations = capture_activations(lm.forward, lm.params, tokens)
-    return Study(lm, windows, reference, activations, [result], [], {})
+    return Study(lm, windows, reference, activations, [result], [], {}, {})
 
 
 def _try_recipe(study: Study, name: str, board: Board) -> None:
@@ -129,7 +135,10 @@ def _try_recipe(study: Study, name: str, board: Board) -> None:
     lm = study.lm
     board.begin(name, "quantizing", 1.0)
     start = time.perf_counter()
-    small = lm.quantize(name, progress=lambda _, done, total: board.share(done / total))
+    data = read_text(DEMO, "calibration.txt") if needs_data(as_recipe(name)) else None
+    small = lm.quantize(
+        name, data, progress=lambda _, done, total: board.share(done / total)
+    )
     jax.block_until_ready(small.params)
     seconds = time.perf_counter() - start
     board.begin(name, "evaluating", 2.0)
@@ -159,6 +168,9 @@ def _try_recipe(study: Study, name: str, board: Board) -> None:
     )
     study.results.append(result)
     board.end(result)
+    proof = read_evidence({"evidence": getattr(small, "evidence", None)})
+    if proof:
+        study.evidence[name] = proof
     if name == SAMPLE_RECIPE:
         study.kept[name] = small
 
@@ -197,6 +209,7 @@ def _report(study: Study, sample: str) -> Report:
         PROMPT,
         sample,
         SAMPLE_RECIPE,
+        tuple(study.evidence.items()),
     )
 
 

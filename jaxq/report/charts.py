@@ -10,6 +10,8 @@ from jaxq.report.content import (
     MatrixError,
     Result,
 )
+from jaxq.report.evidence import Evidence, TensorEvidence
+from jaxq.report.measure import place
 from jaxq.report.svg import (
     Scale,
     around,
@@ -114,6 +116,73 @@ def heat_map(errors: Sequence[MatrixError], measure: str) -> str:
             parts.append(_cell(error, value, value / largest, (x, y, span, high)))
     height = top + high * len(kinds) + 6
     return picture(right + 4, height, f"{measure} error per layer and matrix", parts)
+
+
+def loss_bars(evidence: Evidence) -> str:
+    """Return each weight's loss over its rounding to nearest: a row of bars per kind.
+
+    The dashed line is rounding to nearest itself; a weight that fell back is marked.
+    """
+    kinds: dict[str, list[tuple[int, TensorEvidence]]] = {}
+    for tensor in evidence.tensors:
+        kind, layer = place(tensor.path)
+        row = kinds.setdefault(kind, [])
+        row.append((len(row) if layer is None else layer, tensor))
+    layers = sorted({layer for row in kinds.values() for layer, _ in row})
+    left, right, top, high = 170, 1000, 30, 66
+    wide = (right - left) / max(len(layers), 4)
+    parts = [
+        text(str(n), left + wide * (i + 0.5), top - 10, class_="tick middle")
+        for i, n in enumerate(layers)
+        if wide > 18 or i % 4 == 0
+    ]
+    parts.append(text("layer", left - 12, top - 10, class_="tick end"))
+    for index, (kind, row) in enumerate(kinds.items()):
+        bottom = top + high * (index + 1) - 22
+        y = Scale(0.0, MOST_LOSS, bottom, bottom - 44)
+        parts += [
+            text(kind, left - 12, bottom - 12, class_="name end"),
+            element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="grid"),
+        ]
+        for layer, tensor in row:
+            parts.append(_loss_bar(tensor, left + wide * layers.index(layer), wide, y))
+        reach = left + wide * len(layers)
+        parts.append(
+            element("line", x1=left, x2=reach, y1=y(1), y2=y(1), class_="limit")
+        )
+    height = top + high * len(kinds) + 8
+    return picture(right + 4, height, "loss over that of rounding to nearest", parts)
+
+
+MOST_LOSS = 1.15  # bars end there, over rounding to nearest
+
+
+def _loss_bar(tensor: TensorEvidence, x: float, wide: float, y: Scale) -> str:
+    """Return one weight's bar, its number, and what is known of it as a tooltip."""
+    ratio = tensor.ratio
+    known = (
+        (tensor.path.removeprefix("params/"), True),
+        (f"{ratio or 0:.3f} × rounding to nearest", ratio is not None),
+        (f"{tensor.tokens:,} tokens", True),
+        (f"damping {tensor.damping or 0:g}", tensor.damping is not None),
+        (f"order {tensor.order}", tensor.order is not None),
+        (f"fell back: {tensor.fallback}", tensor.fallback is not None),
+    )
+    top, worse = y(1.0 if ratio is None else ratio), (ratio or 0) > 1
+    bar = element(
+        "rect",
+        x=x + wide * 0.14,
+        y=top,
+        width=wide * 0.72,
+        height=y.start - top,
+        rx=2,
+        class_="bar outlier" if tensor.fallback else "bar worse" if worse else "bar",
+        data_tip="\n".join(said for said, there in known if there),
+    )
+    if wide < 30:
+        return bar
+    shown = "–" if ratio is None else f"{ratio:.2f}"
+    return bar + text(shown, x + wide / 2, y.start + 14, class_="tick middle")
 
 
 def histogram(found: Distribution) -> str:

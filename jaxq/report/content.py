@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from jaxq.report.evidence import Evidence
+
 OUTLIER_SIGMAS = 6.0  # beyond so many standard deviations a value is an outlier
 
 
@@ -111,6 +113,7 @@ class Report:
         prompt: what the sample continues.
         sample: the text that a quantized model made.
         sample_recipe: which one.
+        evidence: of recipes that saw data: (name, what it did to each weight).
     """
 
     model: str
@@ -123,3 +126,4 @@ class Report:
     prompt: str = ""
     sample: str = ""
     sample_recipe: str = ""
+    evidence: tuple[tuple[str, Evidence], ...] = ()

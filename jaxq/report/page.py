@@ -3,11 +3,18 @@
 import html
 import importlib.metadata
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from jaxq.report.charts import channel_profile, heat_map, histogram, pareto
+from jaxq.report.charts import (
+    channel_profile,
+    heat_map,
+    histogram,
+    loss_bars,
+    pareto,
+)
 from jaxq.report.content import Report, Result
+from jaxq.report.evidence import Evidence, describe_calibration
 
 FOLDER = Path(__file__).parent
 
@@ -37,6 +44,7 @@ def render(report: Report) -> str:
         _table(report.results),
         _pareto(report.results, small),
         _errors(report),
+        _evidence(report),
         _histograms("Weights", _WEIGHTS, report.weights),
         _histograms("Activations", _ACTIVATIONS, report.activations),
         _channels(report),
@@ -160,25 +168,66 @@ def _errors(report: Report) -> str:
     names = list(dict.fromkeys(e.recipe for e in report.errors))
     if not names:
         return ""
-    chosen = "w4a16" if "w4a16" in names else names[0]
-    tabs, rules = [], []
-    for index, name in enumerate(names):
-        checked = " checked" if name == chosen else ""
-        tabs.append(
-            f'<input type="radio" name="recipe" id="r{index}"{checked}>'
-            f'<label for="r{index}">{_safe(name)}</label>'
-        )
-        rules.append(f"#r{index}:checked ~ #p{index} {{ display: block; }}")
-    for index, name in enumerate(names):
-        chart = heat_map([e for e in report.errors if e.recipe == name], "output")
-        tabs.append(f'<div class="panel card scroll" id="p{index}">{chart}</div>')
+    charts = {
+        name: heat_map([e for e in report.errors if e.recipe == name], "output")
+        for name in names
+    }
     return (
         "<h2>Where the error is</h2>\n"
         "<p>How far each product's output is from the float one, on real activations: "
         "‖XW − XŴ‖ / ‖XW‖. The stronger the colour, the worse, within one recipe.</p>\n"
-        f"<style>{' '.join(rules)}</style>"
-        f'<div class="tabs">{"".join(tabs)}</div>'
+        + _tabs("r", charts, "w4a16" if "w4a16" in names else names[0])
     )
+
+
+def _evidence(report: Report) -> str:
+    if not report.evidence:
+        return ""
+    panels = {name: _evidence_panel(found) for name, found in report.evidence}
+    return (
+        "<h2>What calibration did</h2>\n"
+        "<p>The error of each product on the calibration data, over that of the same "
+        "weight rounded to nearest (the dashed line): lower is better, above the line "
+        "is worse than not calibrating. Red weights fell back.</p>\n"
+        + _tabs("e", panels, report.evidence[0][0])
+    )
+
+
+def _evidence_panel(found: Evidence) -> str:
+    """Return the bars of one recipe, what it saw, and what fell back."""
+    said = [f"{len(found.tensors)} weights"]
+    if found.ratio is not None:
+        said.append(f"median {found.ratio:.2f} × rounding to nearest")
+    said += describe_calibration(found.calibration)
+    lines = "".join(
+        f"<li>{_safe(reason)}: {_safe(', '.join(_short(p) for p in paths))}</li>"
+        for reason, paths in found.fallbacks.items()
+    )
+    fell = f'<p class="alarm">Fell back:</p><ul>{lines}</ul>' if lines else ""
+    return f'<p class="note">{_safe(" · ".join(said))}</p>{loss_bars(found)}{fell}'
+
+
+def _short(path: str) -> str:
+    return path.removeprefix("params/").removesuffix("/kernel")
+
+
+def _tabs(group: str, panels: Mapping[str, str], chosen: str) -> str:
+    """Return panels of which one is shown, by name; no script."""
+    parts, rules = [], []
+    for index, name in enumerate(panels):
+        checked = " checked" if name == chosen else ""
+        parts.append(
+            f'<input type="radio" name="{group}" id="{group}{index}"{checked}>'
+            f'<label for="{group}{index}">{_safe(name)}</label>'
+        )
+        rules.append(
+            f"#{group}{index}:checked ~ #{group}p{index} {{ display: block; }}"
+        )
+    for index, panel in enumerate(panels.values()):
+        parts.append(
+            f'<div class="panel card scroll" id="{group}p{index}">{panel}</div>'
+        )
+    return f'<style>{" ".join(rules)}</style><div class="tabs">{"".join(parts)}</div>'
 
 
 def _histograms(title: str, lead: str, found: Iterable) -> str:
