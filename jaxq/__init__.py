@@ -14,9 +14,20 @@ from jaxq.lift import sites as sites
 from jaxq.lm import LM as LM
 from jaxq.lm import generate as generate
 from jaxq.lm import load_model as load_model
+from jaxq.method import Chain as Chain
+from jaxq.method import Method as Method
+from jaxq.method import autoround as autoround
+from jaxq.method import awq as awq
+from jaxq.method import chain as chain
+from jaxq.method import gptq as gptq
+from jaxq.method import rtn as rtn
+from jaxq.method import smoothquant as smoothquant
+from jaxq.method import split as split
+from jaxq.pipeline import Evidence as Evidence
 from jaxq.pipeline import calibrate as calibrate
 from jaxq.pipeline import dequantize_params as dequantize_params
 from jaxq.pipeline import quantize_params as quantize_params
+from jaxq.pipeline import quantize_with_evidence as quantize_with_evidence
 from jaxq.plan import Plan as Plan
 from jaxq.plan import plan as plan
 from jaxq.presets import PRESETS as PRESETS
@@ -27,3 +38,4 @@ from jaxq.quantize import quantize as quantize
 from jaxq.recipe import Recipe as Recipe
 from jaxq.recipe import Rule as Rule
 from jaxq.spec import QuantSpec as QuantSpec
+from jaxq.streaming import quantize_to as quantize_to

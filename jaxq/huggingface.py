@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from jaxq.checkpoints.huggingface import (
     CheckpointError,
+    lazy_tensors,
     read_config,
     read_json,
     read_tensors,
@@ -48,13 +49,16 @@ class HuggingFaceModel:
         return tuple(ids) if isinstance(ids, list) else (ids,)
 
 
-def load_huggingface(folder: str | Path, dtype: Any = None) -> HuggingFaceModel:
+def load_huggingface(
+    folder: str | Path, dtype: Any = None, *, lazy: bool = False
+) -> HuggingFaceModel:
     """Load a float model from a Hugging Face folder, tensor by tensor.
 
     Args:
         folder: holds `config.json` and safetensors, sharded or not.
         dtype: of the parameters; None keeps the checkpoint's. The model computes in the
             dtype of its parameters.
+        lazy: whether parameters are `LazyArray`s, read when asked.
 
     Raises:
         FileNotFoundError: the folder, its config or some of its weights are missing.
@@ -73,7 +77,8 @@ def load_huggingface(folder: str | Path, dtype: Any = None) -> HuggingFaceModel:
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     ignore = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tied else ())
-    params = read_tensors(folder, family.slots(config), dtype, ignore)
+    read = lazy_tensors if lazy else read_tensors
+    params = read(folder, family.slots(config), dtype, ignore)
     return HuggingFaceModel(
         family=family,
         config=config,

@@ -1,6 +1,7 @@
 """`LM`: a language model with its tokenizer, float or quantized, in one object."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from jaxq.evaluate import (
     stored_bytes,
 )
 from jaxq.lift import quantized
-from jaxq.pipeline import Progress, quantize_params
+from jaxq.pipeline import Progress, quantize_with_evidence
 from jaxq.plan import Plan, plan
 from jaxq.presets import as_recipe
 from jaxq.qtensor import QTensor, is_qtensor
@@ -33,6 +34,8 @@ DEMO_FOLDER = Path(__file__).parent / "demo_model"
 CALIBRATION_TOKENS = 512
 CALIBRATION_SEQUENCES = 128
 CALIBRATION_BATCH = 8
+
+TIMINGS = "timings.json"
 
 # Carried along when a model is saved, so that the copy is complete.
 SIDE_FILES = (
@@ -64,6 +67,10 @@ class LM:
         files: the texts of the files that lie beside the weights, by name.
         name: for tables and messages.
         recipe: what it was quantized with, or None.
+        evidence: of every quantized weight, by path, as plain data: what calibration
+            saw and what rounding cost (see `jaxq.Evidence`).
+        calibration: what it was calibrated on, as plain data; empty without data.
+        folder: where its weights were read from, or None.
     """
 
     params: Any
@@ -75,6 +82,15 @@ class LM:
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     name: str = "model"
     recipe: Recipe | None = None
+    evidence: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """The weights that are not what the recipe asked for, and why."""
+        found = ((path, e.get("fallback")) for path, e in self.evidence.items())
+        return {path: why for path, why in found if why}
 
     @property
     def nbytes(self) -> int:
@@ -209,20 +225,45 @@ class LM:
                 a recipe needs data and there is none.
         """
         recipe = as_recipe(cfg, group_size)
-        static = [rule.match for rule in recipe.rules if rule.static]
-        if calibration is None and static:
-            raise ValueError(
-                f"rule {static[0]!r} of recipe {recipe.name!r} needs data for its "
-                f"static activation scale: give calibration= a text, or "
-                f"int[sequences, tokens]"
-            )
-        batches = [(_example_tokens(),)]
-        if calibration is not None:
-            batches = _batches(self.calibration_tokens(calibration))
-        params = quantize_params(
+        batches, about = self.calibration_batches(recipe, calibration)
+        done = quantize_with_evidence(
             self.params, recipe, self.forward, batches, progress=progress
         )
-        return dataclasses.replace(self, params=params, recipe=recipe)
+        return dataclasses.replace(
+            self,
+            params=done.params,
+            recipe=recipe,
+            evidence={e.path: e.to_dict() for e in done.evidence},
+            calibration=about,
+        )
+
+    def calibration_batches(
+        self, recipe: Recipe, calibration: Calibration | None
+    ) -> tuple[list[tuple[jax.Array]], dict[str, Any]]:
+        """Return what a recipe is calibrated on, and a description of it.
+
+        Without data, for a recipe that needs none, one batch that shows the shapes.
+
+        Raises:
+            ValueError: when the recipe needs data and there is none.
+        """
+        needy = [rule for rule in recipe.rules if rule.weight and rule.needs_data]
+        if calibration is None and needy:
+            what = "its static activation scale" if needy[0].static else needy[0].method
+            raise ValueError(
+                f"rule {needy[0].match!r} of recipe {recipe.name!r} needs data for "
+                f"{what}: give calibration= a text, or int[sequences, tokens]"
+            )
+        if calibration is None or not needy:
+            return [(_example_tokens(),)], {}
+        tokens = self.calibration_tokens(calibration)
+        about = {
+            "sequences": len(tokens),
+            "tokens": int(tokens.size),
+            "sha256": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest(),
+            "mode": "sequential",
+        }
+        return _batches(tokens), about
 
     def calibration_tokens(self, calibration: Calibration) -> np.ndarray:
         """Return ``int32[sequences, tokens]`` of a text, several, or tokens.
@@ -272,10 +313,21 @@ class LM:
             path,
             self.params,
             recipe=self.recipe,
-            extra_files=self.files,
+            metadata=self.metadata(),
+            extra_files=self.files | timings(self.evidence),
             backend=backend,
             overwrite=overwrite,
         )
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the evidence, the same for every run."""
+        if not self.evidence:
+            return {}
+        rows = {
+            path: {name: value for name, value in row.items() if name != "seconds"}
+            for path, row in self.evidence.items()
+        }
+        return {"evidence": rows, "calibration": dict(self.calibration)}
 
     def __repr__(self) -> str:
         """Say name, size and recipe in one line."""
@@ -298,7 +350,18 @@ class LM:
         return tokens or list(self.eos[:1])
 
 
-def load_model(path: str | Path, dtype: Any = None, *, weights: bool = True) -> LM:
+def timings(evidence: Mapping[str, Any]) -> dict[str, str]:
+    """Return the file that says how many seconds each weight took, if any did.
+
+    It stands apart from the manifest, which is the same for every run.
+    """
+    seconds = {p: round(e["seconds"], 3) for p, e in evidence.items() if "seconds" in e}
+    return {TIMINGS: json.dumps(seconds, indent=1) + "\n"} if seconds else {}
+
+
+def load_model(
+    path: str | Path, dtype: Any = None, *, weights: bool = True, lazy: bool = False
+) -> LM:
     """Load a language model, float or quantized, from a folder.
 
     Args:
@@ -309,6 +372,8 @@ def load_model(path: str | Path, dtype: Any = None, *, weights: bool = True) -> 
             the model then also computes.
         weights: False reads no weights: the parameters are `jax.ShapeDtypeStruct`s,
             enough for `LM.plan`. (Folders that `LM.save` wrote are always read.)
+        lazy: True reads every tensor when it is needed, again and again: for
+            `jaxq.quantize_to`, which never holds the whole model.
 
     Raises:
         FileNotFoundError: the folder or a part of it is missing.
@@ -329,7 +394,7 @@ def load_model(path: str | Path, dtype: Any = None, *, weights: bool = True) -> 
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     forward = family.module(config).apply
-    params, recipe = _read_params(folder, family, config, dtype, weights)
+    params, about = _read_params(folder, family, config, dtype, weights, lazy)
     files = {
         name: (folder / name).read_text("utf-8")
         for name in SIDE_FILES
@@ -344,7 +409,8 @@ def load_model(path: str | Path, dtype: Any = None, *, weights: bool = True) -> 
         eos=_end_of_text(files, hf_config),
         files=files,
         name=DEMO if is_demo else folder.resolve().name,
-        recipe=recipe,
+        folder=folder,
+        **about,
     )
 
 
@@ -361,19 +427,34 @@ def generate(lm: LM, prompt: str, max_new_tokens: int = 64, **settings: Any) -> 
 
 
 def _read_params(
-    folder: Path, family: Any, config: Any, dtype: Any, weights: bool
-) -> tuple[Any, Recipe | None]:
-    """Return the parameters, and the recipe they were quantized with."""
+    folder: Path, family: Any, config: Any, dtype: Any, weights: bool, lazy: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Return the parameters, and what is known of how they were quantized."""
     from jaxq.checkpoints import manifest
     from jaxq.checkpoints.loading import load
     from jaxq.huggingface import load_huggingface
 
     if manifest.is_jaxq_checkpoint(folder):
-        recipe = manifest.read(folder).recipe
-        return load(folder), None if recipe is None else Recipe.from_dict(recipe)
+        found = manifest.read(folder)
+        return load(folder), _history(folder, found.recipe, found.metadata)
     if not weights:
-        return family.abstract(config, dtype or _config_dtype(folder)), None
-    return load_huggingface(folder, dtype).params, None
+        return family.abstract(config, dtype or _config_dtype(folder)), {}
+    return load_huggingface(folder, dtype, lazy=lazy).params, {}
+
+
+def _history(folder: Path, recipe: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recipe and evidence of a quantized checkpoint."""
+    file = folder / TIMINGS
+    seconds = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    evidence = {
+        path: row | ({"seconds": seconds[path]} if path in seconds else {})
+        for path, row in metadata.get("evidence", {}).items()
+    }
+    return {
+        "recipe": None if recipe is None else Recipe.from_dict(recipe),
+        "evidence": evidence,
+        "calibration": metadata.get("calibration", {}),
+    }
 
 
 def _config_dtype(folder: Path) -> Any:

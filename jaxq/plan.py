@@ -179,10 +179,20 @@ def plan(
     if fn is None:
         uses = conventional_uses(leaves)
     else:
-        uses = parameter_uses(fn, params, *example, **kwargs)[0]
+        uses = parameter_uses(fn, abstract_params(params), *example, **kwargs)[0]
     rows = tuple(_row(path, leaf, recipe, uses, fn) for path, leaf in leaves.items())
     _check_rules(recipe, rows)
     return Plan(recipe, rows)
+
+
+def abstract_params(params: Any) -> Any:
+    """Return the tree with leaves that read themselves as shapes and dtypes."""
+
+    def one(leaf: Any) -> Any:
+        reads = hasattr(leaf, "read")
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if reads else leaf
+
+    return jax.tree.map(one, params, is_leaf=is_qtensor)
 
 
 def refuse_quantized(leaves: dict[str, Any]) -> None:

@@ -20,13 +20,17 @@ class Journal(Protocol):
     def state(self) -> Mapping[str, Any]:
         """Return the activations behind the last of them."""
 
-    def put(self, path: str, leaf: Any) -> None:
-        """Take a finished parameter."""
+    def put(self, path: str, leaf: Any, evidence: Evidence | None = None) -> None:
+        """Take a finished parameter that belongs to no block."""
 
     def commit(
-        self, block: str, state: Mapping[str, Any], evidence: Sequence[Evidence]
+        self,
+        block: str,
+        leaves: Mapping[str, Any],
+        state: Mapping[str, Any],
+        evidence: Sequence[Evidence],
     ) -> None:
-        """Make everything that was put since the last time last."""
+        """Take a finished block: its parameters, and what the next one starts from."""
 
 
 class Memory:
@@ -42,11 +46,16 @@ class Memory:
         """Return nothing: no run came before."""
         return {}
 
-    def put(self, path: str, leaf: Any) -> None:
+    def put(self, path: str, leaf: Any, evidence: Evidence | None = None) -> None:
         """Keep a finished parameter."""
         self.leaves[path] = leaf
 
     def commit(
-        self, block: str, state: Mapping[str, Any], evidence: Sequence[Evidence]
+        self,
+        block: str,
+        leaves: Mapping[str, Any],
+        state: Mapping[str, Any],
+        evidence: Sequence[Evidence],
     ) -> None:
-        """Do nothing: what is in memory is there."""
+        """Keep the parameters of a finished block."""
+        self.leaves.update(leaves)

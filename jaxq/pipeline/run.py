@@ -16,7 +16,7 @@ from jaxq.pipeline.oneshot import solve_in_one_shot
 from jaxq.pipeline.sequential import run_blocks
 from jaxq.pipeline.store import Store
 from jaxq.pipeline.stream import Batch
-from jaxq.plan import Plan, PlanRow
+from jaxq.plan import Plan, PlanRow, abstract_params
 from jaxq.qtensor import QTensor
 
 # (row that is done, how many are done, how many there are)
@@ -70,23 +70,31 @@ def run_plan(
     told = _Told(journal, rows, len(todo.quantized), progress)
     needy = [row for row in todo.quantized if row.rule and row.rule.needs_data]
     evidence: list[Evidence] = []
+    alone: list[Evidence] = []
     if needy:
         _refuse_without_data(needy, data)
         batches, skipped, lengths = _prepare(params, data, needy)
         store = Store(leaves, rows, skipped, lengths, done=set(journal.done))
-        evidence += solve_in_one_shot(store, params, data.fn, data.batches)
-        evidence += run_blocks(batches, store, told)
+        alone = solve_in_one_shot(store, params, data.fn, data.batches)
+        evidence = run_blocks(batches, store, told)
     else:
         store = Store(leaves, rows, {}, {}, done=set(journal.done))
+    known = {one.path: one for one in alone}
     start = time.perf_counter()
     for path, leaf in store.rest():
-        told.put(path, leaf)
-        if isinstance(leaf, QTensor) and path not in {e.path for e in evidence}:
+        told_of = None
+        if isinstance(leaf, QTensor):
             spent, start = time.perf_counter() - start, time.perf_counter()
-            row = rows[path]
-            method = "rtn" if row.rule is None else row.rule.method
-            evidence.append(Evidence(path, method, 0, seconds=spent))
+            told_of = known.get(path) or _of_rounding(rows[path], spent)
+            evidence.append(told_of)
+        told.put(path, leaf, told_of)
     return evidence
+
+
+def _of_rounding(row: PlanRow, seconds: float) -> Evidence:
+    """Return the evidence of a weight that no data was needed for."""
+    method = "rtn" if row.rule is None else row.rule.method
+    return Evidence(row.path, method, 0, seconds=seconds)
 
 
 @dataclasses.dataclass
@@ -113,17 +121,26 @@ class _Told:
     def state(self) -> Mapping[str, Any]:
         return self.journal.state()
 
-    def put(self, path: str, leaf: Any) -> None:
-        self.journal.put(path, leaf)
+    def put(self, path: str, leaf: Any, evidence: Evidence | None = None) -> None:
+        self.journal.put(path, leaf, evidence)
         if isinstance(leaf, QTensor):
-            self.count += 1
-            if self.progress is not None:
-                self.progress(self.rows[path], self.count, self.total)
+            self._tell(path)
 
     def commit(
-        self, block: str, state: Mapping[str, Any], evidence: Sequence[Evidence]
+        self,
+        block: str,
+        leaves: Mapping[str, Any],
+        state: Mapping[str, Any],
+        evidence: Sequence[Evidence],
     ) -> None:
-        self.journal.commit(block, state, evidence)
+        self.journal.commit(block, leaves, state, evidence)
+        for path in leaves:
+            self._tell(path)
+
+    def _tell(self, path: str) -> None:
+        self.count += 1
+        if self.progress is not None:
+            self.progress(self.rows[path], self.count, self.total)
 
 
 def _refuse_without_data(needy: Sequence[PlanRow], data: Calibration) -> None:
@@ -150,7 +167,7 @@ def _prepare(
 ) -> tuple[list[Batch], Mapping[str, str], dict[str, tuple[int, ...]]]:
     """Cut the function for the shapes of every batch."""
     assert data.fn is not None
-    abstract = jax.tree.map(_abstract, params)
+    abstract = abstract_params(params)
     programs: dict[Any, Program] = {}
     masks = None if data.masks is None else list(data.masks)
     if masks is not None and len(masks) != len(data.batches):
@@ -188,10 +205,3 @@ def _lengths(found: Program) -> dict[str, tuple[int, ...]]:
             index = np.asarray(key.index) + 1
             largest[key.path] = np.maximum(largest.get(key.path, index), index)
     return {path: tuple(map(int, n)) for path, n in largest.items()}
-
-
-def _abstract(leaf: Any) -> Any:
-    """Return a leaf that reads itself as shape and dtype."""
-    if hasattr(leaf, "read"):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return leaf

@@ -52,9 +52,7 @@ def run_blocks(
         name, groups = blocks[number]
         outcomes, here = _run_block(groups, here, store, progress)
         mine = [outcome.evidence for outcome in outcomes.values()]
-        for path, leaf in store.complete():
-            journal.put(path, leaf)
-        journal.commit(name, _state(here), mine)
+        journal.commit(name, dict(store.complete()), _state(here), mine)
         evidence += mine
     return evidence
 
