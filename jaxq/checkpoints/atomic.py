@@ -36,30 +36,34 @@ def new_folder(
         ExistsError: the target exists and may not be replaced.
         WriteError: the disk is full, or not writable.
     """
-    target = target.absolute()
-    if target.is_symlink():
-        target = target.resolve()
-    _refuse(target, may_replace)
+    target = resolved(target)
+    refuse(target, may_replace)
     temporary = _beside(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(target.parent, needed)
+        check_room(target.parent, needed)
         temporary.mkdir()
         yield temporary
-        _sync(temporary)
-        _refuse(target, may_replace)
-        _publish(temporary, target)
-        _sync_folder(target.parent)
+        sync(temporary)
+        refuse(target, may_replace)
+        publish(temporary, target)
+        sync_folder(target.parent)
     except CheckpointError:
         raise
     except OSError as error:
-        _remove(temporary)
+        remove(temporary)
         raise _write_error(target, needed, error) from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
-def _refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
+def resolved(target: Path) -> Path:
+    """Return where a folder is really made: what is a link is followed."""
+    return target.resolve() if target.is_symlink() else target.absolute()
+
+
+def refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
+    """Raise `ExistsError` unless ``target`` may be made, see `new_folder`."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -73,7 +77,7 @@ def _refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
     may_replace(target)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder, even if Ctrl-C comes now."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,25 +86,29 @@ def _remove(folder: Path) -> None:
         raise
 
 
-def _check_room(parent: Path, needed: int) -> None:
-    """Fail before an hour of writing rather than after it, where the disk says so."""
+def check_room(parent: Path, needed: int) -> None:
+    """Raise `OSError` now rather than after an hour of writing, if the disk says so."""
     disk = shutil.disk_usage(parent)
     if disk.total and disk.free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_error(target: Path, needed: int, error: OSError) -> WriteError:
+def room(target: Path) -> int:
+    """Return the free bytes on the disk where a folder is to be made."""
     place = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(place).free
+    return shutil.disk_usage(place).free
+
+
+def _write_error(target: Path, needed: int, error: OSError) -> WriteError:
     return WriteError(
         error.errno,
         f"could not write {target}: {error.strerror or error}. It needs about "
-        f"{needed:,} bytes, and {free:,} are free there. What was there before is "
-        "untouched, and nothing partial is left; make room, or save elsewhere",
+        f"{needed:,} bytes, and {room(target):,} are free there. What was there before "
+        "is untouched, and nothing partial is left; make room, or save elsewhere",
     )
 
 
-def _publish(temporary: Path, target: Path) -> None:
+def publish(temporary: Path, target: Path) -> None:
     """Give ``temporary`` the name ``target``; an old target ends up under the other."""
     if not target.exists() or not any(target.iterdir()):
         temporary.rename(target)
@@ -115,7 +123,7 @@ def _publish(temporary: Path, target: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -134,18 +142,23 @@ def _beside(target: Path, ending: str) -> Path:
     return target.with_name(f".{target.name}.{unique}.{ending}")
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Wait until every file below ``folder`` is on the disk."""
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
+            sync_file(path)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
     """Wait until the names in ``folder`` are on the disk, where systems allow that."""
     with contextlib.suppress(PermissionError, IsADirectoryError):
         handle = os.open(folder, os.O_RDONLY)

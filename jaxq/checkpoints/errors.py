@@ -29,5 +29,9 @@ class ExistsError(FileExistsError, CheckpointError):
     """The target exists and may not be replaced."""
 
 
+class BusyError(CheckpointError):
+    """Another process is writing the same checkpoint."""
+
+
 class WriteError(OSError, CheckpointError):
     """Writing failed (full disk, no permission); what was there before is untouched."""

@@ -70,7 +70,7 @@ def write(folder: Path, manifest: Manifest) -> None:
     content = {
         "format": FORMAT,
         "format_version": VERSION,
-        "written_by": _program(),
+        "written_by": program(),
         "backend": manifest.backend,
         "files": {k: dataclasses.asdict(f) for k, f in manifest.files.items()},
         "extra_files": list(manifest.extra_files),
@@ -79,7 +79,7 @@ def write(folder: Path, manifest: Manifest) -> None:
         "tree": manifest.tree,
         "parameters": {p: parameter.to_dict(a) for p, a in manifest.params.items()},
     }
-    content["sha256"] = _digest(content)
+    content["sha256"] = digest(content)
     (folder / NAME).write_text(_render(content), "utf-8")
 
 
@@ -96,7 +96,7 @@ def read(folder: str | Path) -> Manifest:
     content = strict_json.parse(data, str(path))
     _check_version(content, path)
     try:
-        found = _digest(content)
+        found = digest(content)
         manifest = _parse(content, str(path))
     except RecursionError as error:
         raise CorruptError(f"{path} nests too deep; fetch or save it again") from error
@@ -178,7 +178,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Manifest:
         )
     params = {
         path: parameter.from_dict(
-            _object(data, f"{where}: parameter {path!a}"),
+            as_object(data, f"{where}: parameter {path!a}"),
             f"{where}: parameter {path!a}",
         )
         for path, data in get(content, "parameters", dict, where).items()
@@ -190,7 +190,7 @@ def _parse(content: Mapping[str, Any], where: str) -> Manifest:
         backend=backend,
         tree=content.get("tree"),
         params=params,
-        files=dict(_files(get(content, "files", dict, where), where)),
+        files=dict(read_files(get(content, "files", dict, where), where)),
         extra_files=extra_files,
         recipe=content.get("recipe"),
         metadata=get(content, "metadata", dict, where),
@@ -213,10 +213,15 @@ def _check_names(manifest: Manifest, where: str) -> None:
         raise CorruptError(f"{where}: two parameters share the name of a tensor")
 
 
-def _files(files: Mapping[str, Any], where: str) -> Iterator[tuple[str, DataFile]]:
+def read_files(files: Mapping[str, Any], where: str) -> Iterator[tuple[str, DataFile]]:
+    """Yield files by name from ``{name: {"bytes": ..., "sha256": ...}}``.
+
+    Raises:
+        CorruptError: it is something else, or a name leads out of the folder.
+    """
     for name, data in files.items():
         _check_name(name, where, parts=8)
-        data = _object(data, f"{where}: file {name!r}")
+        data = as_object(data, f"{where}: file {name!r}")
         size = strict_json.get(data, "bytes", int, f"{where}: file {name!r}")
         digest = strict_json.get(data, "sha256", str, f"{where}: file {name!r}")
         if not _SHA256.fullmatch(digest):
@@ -237,7 +242,8 @@ def _check_name(name: object, where: str, parts: int) -> None:
         )
 
 
-def _object(data: Any, where: str) -> Mapping[str, Any]:
+def as_object(data: Any, where: str) -> Mapping[str, Any]:
+    """Return ``data``; raise `CorruptError` unless it is a JSON object."""
     if not isinstance(data, dict):
         raise CorruptError(f"{where} is {strict_json.shorten(data)}, not an object")
     return data
@@ -255,14 +261,15 @@ def _render(content: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of everything but itself, whatever the white space."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _program() -> str:
+def program() -> str:
+    """Return this program and its version."""
     try:
         return f"jaxq {importlib.metadata.version('jaxq')}"
     except importlib.metadata.PackageNotFoundError:

@@ -80,7 +80,7 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
     leaves = structure.flatten(params)
-    extras = _extras(config, extra_files or {})
+    extras = extra_writers(config, extra_files or {})
     described = manifest.Manifest(
         backend=backend,
         tree=structure.describe(params),
@@ -89,9 +89,9 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
         recipe=manifest.plain_data(recipe, "recipe"),
         metadata=manifest.plain_data(dict(metadata or {}), "metadata"),
     )
-    arrays = _arrays(leaves)
+    arrays = arrays_of(leaves)
     needed = sum(array.nbytes for array in arrays.values())
-    replace = _may_replace if overwrite else None
+    replace = may_replace if overwrite else None
     with atomic.new_folder(target, needed, replace) as folder:
         files = store.write(folder, described, arrays, shard_bytes)
         for name, write in extras.items():
@@ -100,7 +100,7 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
     return target
 
 
-def _arrays(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def arrays_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Return every array by name, all of which must have numbers."""
     arrays: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -121,7 +121,7 @@ def _arrays(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return arrays
 
 
-def _extras(
+def extra_writers(
     config: Any, extra_files: Mapping[str, Content]
 ) -> dict[str, Callable[[Path], object]]:
     """Return what writes each further file."""
@@ -154,7 +154,7 @@ def _writer(name: str, content: Content) -> Callable[[Path], object]:
     return lambda path: shutil.copyfile(source, path)
 
 
-def _may_replace(target: Path) -> None:
+def may_replace(target: Path) -> None:
     """Raise unless ``target`` is a checkpoint, and nothing else is lost with it."""
     try:
         old = manifest.read(target)

@@ -157,7 +157,7 @@ def test_ctrl_c_in_the_middle(old, backend, monkeypatch):
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(atomic, "_sync", interrupt)
+    monkeypatch.setattr(atomic, "sync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(old, NEW, overwrite=True)
     assert_untouched(old, before)
@@ -168,7 +168,7 @@ def test_killed(tmp_path):
     code = (
         "import os, signal, numpy as np\n"
         "from jaxq.checkpoints import atomic, save\n"
-        "atomic._sync = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "atomic.sync = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"save({str(tmp_path / 'model')!r}, {{'x': np.ones(3)}})\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -140,13 +140,13 @@ def test_a_tensor_is_never_there_twice(tmp_path, monkeypatch):
 
 
 def test_a_model_larger_than_memory(tmp_path):
-    """Resident memory while 1 GB goes by, 32 MB at a time, mapped pages included."""
-    sparse(tmp_path, tensors=32, shape=(4096, 4096))
+    """Resident memory while 0.5 GB goes by, 32 MB at a time, mapped pages included."""
+    sparse(tmp_path, tensors=16, shape=(4096, 4096))
     code = f"""
 import resource
 from jaxq.checkpoints.huggingface import lazy_tensors
 from jaxq.models.families import Slot
-slots = {{f"t{{i}}": Slot((f"t{{i}}",), (4096, 4096), i % 2 == 0) for i in range(32)}}
+slots = {{f"t{{i}}": Slot((f"t{{i}}",), (4096, 4096), i % 2 == 0) for i in range(16)}}
 tree = lazy_tensors({str(tmp_path)!r}, slots)
 tree["t0"].read(), tree["t1"].read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
