@@ -169,7 +169,7 @@ class StreamWriter:
         return {step.name: step.evidence for step in self._journal.steps}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Read the state of the last commit; empty if it had none.
+        """Read the last state that was committed; empty if there is none.
 
         Raises:
             CorruptError: the file was altered meanwhile.
@@ -237,7 +237,8 @@ class StreamWriter:
         Args:
             step: its name; the next run finds it in `steps`.
             state: arrays that the next step starts from. They take the place of the
-                last commit's, which stay on the disk until then.
+                last ones, which stay on the disk until then; empty: nothing takes
+                their place. None keeps the last ones.
             evidence: plain data to be found in `evidence`.
 
         Raises:
@@ -256,7 +257,9 @@ class StreamWriter:
         with self._writing(f"step {step!r}", extent):
             if self._step.tensors:
                 self._write_shard()
-            kept = self._write_state(arrays, tensors) if tensors else None
+            kept = self._journal.state if state is None else None
+            if tensors:
+                kept = self._write_state(arrays, tensors)
             done = journal.Step(step, self._step.params, self._step.files, evidence)
             steps = (*self._journal.steps, done)
             self._record(dataclasses.replace(self._journal, steps=steps, state=kept))

@@ -26,7 +26,7 @@ import numpy as np
 from jaxq.checkpoints import ExistsError, load_abstract, open_stream, safetensors
 from jaxq.checkpoints.partial import beside
 
-STEPS = 3
+STEPS = 2
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir"}
 
 
