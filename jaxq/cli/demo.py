@@ -168,7 +168,7 @@ def _try_recipe(study: Study, name: str, board: Board) -> None:
     )
     study.results.append(result)
     board.end(result)
-    proof = read_evidence({"evidence": getattr(small, "evidence", None)})
+    proof = read_evidence(small.metadata())
     if proof:
         study.evidence[name] = proof
     if name == SAMPLE_RECIPE:

@@ -1,6 +1,6 @@
 """Evidence in a terminal: what calibration did to each weight, what fell back."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,7 +8,7 @@ from rich.text import Text
 
 from jaxq.report import Evidence, TensorEvidence, describe_calibration
 
-SHOWN_PATHS = 4  # of the weights that fell back for one reason
+SHOWN_PATHS = 4  # of the weights of which one thing is said
 BAR = 10  # letters of a bar that is as long as rounding to nearest
 COLUMNS = ("tokens", "loss", "× RTN", "tuned", "damping", "order", "sec")
 
@@ -54,7 +54,7 @@ def _cells(tensor: TensorEvidence) -> dict[str, str]:
         "tuned": f"{tuned[1] / tuned[0]:.2f}×" if tuned and tuned[0] else "",
         "damping": "" if tensor.damping is None else f"{tensor.damping:g}",
         "order": tensor.order or "",
-        "sec": f"{tensor.seconds:.1f}",
+        "sec": f"{tensor.seconds:.1f}" if tensor.seconds else "",
     }
 
 
@@ -76,7 +76,9 @@ def _with_bar(tensor: TensorEvidence, style: str) -> Text:
 def evidence_lines(found: Evidence) -> Iterator[Text]:
     """Yield what there is to say below the table: totals, data, fallbacks, experts."""
     totals = found.totals()
-    said = [f"{totals['tensors']} weights in {found.seconds:.1f} s"]
+    said = [f"{totals['tensors']} weights calibrated"]
+    if found.seconds:
+        said[0] += f" in {found.seconds:.1f} s"
     if found.ratio is not None:
         said.append(f"median loss {found.ratio:.2f} × rounding to nearest")
     said.append(f"{totals['fallbacks'] or 'none'} fell back")
@@ -86,11 +88,13 @@ def evidence_lines(found: Evidence) -> Iterator[Text]:
     alike = _alike([_cells(tensor) for tensor in found.tensors])
     if known := [f"{name} {words}" for name, words in alike.items() if words]:
         yield Text("every weight: " + " · ".join(known), style="dim")
+    if found.others:
+        paths = [tensor.path for tensor in found.others]
+        yield Text(f"without data: {_listed(paths)}", style="dim")
+    for note, paths in found.notes.items():
+        yield Text(f"{_listed(paths)}: {note}", style="yellow")
     for reason, paths in found.fallbacks.items():
-        more = len(paths) - SHOWN_PATHS
-        names = ", ".join(map(short, paths[:SHOWN_PATHS]))
-        rest = f" and {more} more" if more > 0 else ""
-        yield Text.assemble(("fell back: ", "bold red"), f"{names}{rest}: {reason}")
+        yield Text.assemble(("fell back: ", "bold red"), f"{_listed(paths)}: {reason}")
     for tensor in found.tensors:
         if tensor.idle:
             yield Text(
@@ -98,6 +102,13 @@ def evidence_lines(found: Evidence) -> Iterator[Text]:
                 f"{len(tensor.experts)} experts",
                 style="yellow",
             )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """Return the first few paths, and how many there are besides."""
+    more = len(paths) - SHOWN_PATHS
+    names = ", ".join(map(short, paths[:SHOWN_PATHS]))
+    return f"{names} and {more} more" if more > 0 else names
 
 
 def short(path: str) -> str:

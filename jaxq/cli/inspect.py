@@ -1,6 +1,7 @@
 """`jaxq inspect`: what a folder holds, without reading its numbers."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from jaxq.cli.failures import guarded
 from jaxq.cli.options import Debug, Json
 from jaxq.cli.screen import errors, print_json, results, size
 from jaxq.evaluate import bits_per_weight, parameter_count, stored_bytes
-from jaxq.lm import LM, load_model
+from jaxq.lm import LM, TIMINGS, load_model
 from jaxq.report import Evidence, read_evidence
 
 
@@ -46,7 +47,7 @@ def inspect(
     found = Evidence()
     if is_jaxq_checkpoint(path):
         summary = summarize(path)
-        found = read_evidence(summary.metadata)
+        found = read_evidence(summary.metadata, _seconds(Path(path)))
         facts, rows = summary.to_dict(), _quantized_rows(summary)
         title = f"{Path(path).name}: {summary.backend}, written by {summary.written_by}"
     else:
@@ -92,12 +93,21 @@ def _print_evidence(found: Evidence, console: Console) -> None:
         console.print(line)
 
 
+def _seconds(folder: Path) -> dict[str, Any]:
+    """Return how long each weight took, which lies beside the manifest, if at all."""
+    try:
+        found = json.loads((folder / TIMINGS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}  # a checkpoint is whole without it
+    return found if isinstance(found, dict) else {}
+
+
 def _evidence_facts(found: Evidence) -> dict[str, Any]:
     """Return the evidence for scripts: by path, totals, and what it was seen on."""
     return {
         "evidence": {
             tensor.path: dataclasses.asdict(tensor) | {"ratio": tensor.ratio}
-            for tensor in found.tensors
+            for tensor in (*found.tensors, *found.others)
         },
         "evidence_totals": found.totals() if found else None,
         "calibration": dict(found.calibration) or None,

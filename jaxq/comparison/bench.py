@@ -23,7 +23,6 @@ from jaxq.evaluate import (
 from jaxq.lm import CALIBRATION_SEQUENCES, CALIBRATION_TOKENS, LM
 from jaxq.presets import as_recipe
 from jaxq.recipe import Recipe, Rule
-from jaxq.solvers import SOLVERS
 from jaxq.spec import QuantSpec
 
 SEEDS = (0, 1, 2)
@@ -132,11 +131,7 @@ def compare(  # noqa: PLR0913  a benchmark, and everything that defines it
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether a recipe needs calibration data."""
-    return any(rule.static or _solver_needs(rule) for rule in recipe.rules)
-
-
-def _solver_needs(rule: Rule) -> bool:
-    return rule.weight is not None and bool(getattr(SOLVERS[rule.solver], "needs", ()))
+    return any(rule.weight is not None and rule.needs_data for rule in recipe.rules)
 
 
 class _Bench:
@@ -180,7 +175,6 @@ class _Bench:
                 name, seed, "evaluating", 0.5 + done / total / 2
             ),
         )
-        evidence = getattr(small, "evidence", None) or {}
         run = Run(
             seed,
             small.bits_per_weight,
@@ -190,7 +184,7 @@ class _Bench:
             1.0 if found.top1 is None else found.top1,
             seconds,
             found.tokens_per_second,
-            {p: e["fallback"] for p, e in evidence.items() if e.get("fallback")},
+            small.fallbacks,
         )
         self.found.append((name, run))
         self._say(name, seed, "done", 0.0)

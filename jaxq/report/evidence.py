@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -21,6 +21,7 @@ class TensorEvidence:
         order: in which order columns were solved.
         seconds: spent on it.
         fallback: why it is not what the recipe asked for.
+        note: anything else worth knowing.
         experts: tokens of each of the stacked weights.
         block_loss: of the block's output, before and after tuning.
     """
@@ -34,6 +35,7 @@ class TensorEvidence:
     order: str | None = None
     seconds: float = 0.0
     fallback: str | None = None
+    note: str | None = None
     experts: tuple[int, ...] = ()
     block_loss: tuple[float, float] | None = None
 
@@ -43,6 +45,11 @@ class TensorEvidence:
         if self.loss is None or not self.rtn_loss:
             return None
         return self.loss / self.rtn_loss
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether data had a say in it, or should have had."""
+        return self.tokens > 0 or self.loss is not None or self.fallback is not None
 
     @property
     def idle(self) -> int:
@@ -56,11 +63,13 @@ class Evidence:
 
     Attributes:
         tensors: one per calibrated weight.
+        others: the quantized weights that needed no data.
         calibration: what it was calibrated on: ``sequences``, ``tokens``, ``sha256``,
             ``mode`` and ``reason``, as far as they are known.
     """
 
     tensors: tuple[TensorEvidence, ...] = ()
+    others: tuple[TensorEvidence, ...] = ()
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -70,10 +79,18 @@ class Evidence:
     @property
     def fallbacks(self) -> dict[str, list[str]]:
         """The paths of weights that fell back, by reason."""
+        return self._by(lambda tensor: tensor.fallback)
+
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """The paths of weights with a note, by note."""
+        return self._by(lambda tensor: tensor.note)
+
+    def _by(self, said: Callable[[TensorEvidence], str | None]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
         for tensor in self.tensors:
-            if tensor.fallback:
-                found.setdefault(tensor.fallback, []).append(tensor.path)
+            if words := said(tensor):
+                found.setdefault(words, []).append(tensor.path)
         return found
 
     @property
@@ -84,13 +101,14 @@ class Evidence:
 
     @property
     def seconds(self) -> float:
-        """Spent on all weights."""
+        """Spent on the calibrated weights."""
         return sum(tensor.seconds for tensor in self.tensors)
 
     def totals(self) -> dict[str, Any]:
         """Return the few numbers that sum it up, as plain data."""
         return {
             "tensors": len(self.tensors),
+            "without_data": len(self.others),
             "fallbacks": sum(map(len, self.fallbacks.values())),
             "idle_experts": sum(tensor.idle for tensor in self.tensors),
             "median_ratio": self.ratio,
@@ -98,11 +116,17 @@ class Evidence:
         }
 
 
-def read_evidence(metadata: Mapping[str, Any]) -> Evidence:
+def read_evidence(
+    metadata: Mapping[str, Any], seconds: Mapping[str, Any] | None = None
+) -> Evidence:
     """Return the evidence in a manifest's metadata; empty where there is none.
 
     Whatever is not as expected is left out: metadata is the writer's own business, and
     looking at a checkpoint must not fail for it.
+
+    Args:
+        metadata: its keys ``evidence`` and ``calibration`` are read.
+        seconds: by path, where they are not in the evidence.
 
     Example:
         >>> found = read_evidence({"evidence": {"w": {"tokens": 8, "loss": 1.0}}})
@@ -112,8 +136,15 @@ def read_evidence(metadata: Mapping[str, Any]) -> Evidence:
     entries, calibration = metadata.get("evidence"), metadata.get("calibration")
     if not isinstance(entries, Mapping):
         return Evidence()
+    apart = seconds or {}
+    found = [
+        _tensor(path, {"seconds": apart.get(path), **entry})
+        for path, entry in entries.items()
+        if isinstance(entry, Mapping)
+    ]
     return Evidence(
-        tuple(_tensor(p, e) for p, e in entries.items() if isinstance(e, Mapping)),
+        tuple(tensor for tensor in found if tensor.is_calibrated),
+        tuple(tensor for tensor in found if not tensor.is_calibrated),
         calibration if isinstance(calibration, Mapping) else {},
     )
 
@@ -151,6 +182,7 @@ def _tensor(path: str, entry: Mapping[str, Any]) -> TensorEvidence:
         order=_word(entry.get("order")),
         seconds=_number(entry.get("seconds")) or 0.0,
         fallback=_word(entry.get("fallback")),
+        note=_word(entry.get("note")),
         experts=tuple(map(int, experts)),
         block_loss=(tuned[0], tuned[1]) if len(tuned) == 2 else None,
     )

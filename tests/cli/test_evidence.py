@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jaxq.checkpoints import save
 from jaxq.cli.evidence import evidence_lines, evidence_table
-from jaxq.lm import load_model
+from jaxq.lm import TIMINGS, load_model
 from jaxq.report import read_evidence
 from tests.report.test_evidence import SINGULAR, metadata
 
@@ -45,9 +45,11 @@ def test_golden():
         "layers_1/attn/q  0.005  0.250 ━━          1.5",
         "layers_0/mlp/up  0.015  0.750 ━━━━━━━━    1.5",
         "layers_1/mlp/up   0.02  1.000 ━━━━━━━━━━  1.5",
-        "4 weights in 6.0 s, median loss 0.62 × rounding to nearest, 1 fell back",
+        "4 weights calibrated in 6.0 s, median loss 0.62 × rounding to nearest, "
+        "1 fell back",
         "on 8 sequences, 4,096 tokens · one shot: no way",
         "every weight: tokens 4,096 · damping 0.01 · order act",
+        "without data: embed/embedding",
         f"fell back: layers_1/mlp/up: {SINGULAR}",
         "layers_1/mlp/up: no token reached 2 of 3 experts",
     ]
@@ -72,6 +74,30 @@ def test_many_weights_that_fell_back_alike_are_a_line():
     assert line == "fell back: w0, w1, w2, w3 and 6 more: no token"
 
 
+def test_notes_are_told():
+    note = "calibrated in one shot on the float model: it is scanned"
+    data = {"evidence": {"a": {"tokens": 5, "note": note}, "b": {"tokens": 5}}}
+    assert f"a: {note}" in shown(data)
+
+
+def test_seconds_lie_beside_the_manifest(jaxq, small, tmp_path):
+    lm, entry = load_model(small[0]), "params/layers_0/attn/q/kernel"
+    data = metadata()
+    del data["evidence"][entry]["seconds"]
+    timings = {TIMINGS: json.dumps({entry: 2.5})}
+    folder = save(
+        tmp_path / "a", lm.params, metadata=data, extra_files=lm.files | timings
+    )
+
+    def seconds():
+        facts = json.loads(jaxq("inspect", folder, "--json").stdout)
+        return facts["evidence"][entry]["seconds"]
+
+    assert seconds() == 2.5
+    (folder / TIMINGS).write_text("{broken")
+    assert seconds() == 0
+
+
 def test_inspect_shows_evidence(jaxq, calibrated, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     plain = jaxq("inspect", calibrated)
@@ -92,7 +118,7 @@ def test_json_always_has_it(jaxq, calibrated, small):
     assert facts["evidence_totals"]["fallbacks"] == 1
     assert facts["calibration"] == metadata()["calibration"]
     bare = json.loads(jaxq("inspect", small[0], "--json").stdout)
-    assert bare["evidence"] == {}
+    assert {e["loss"] for e in bare["evidence"].values()} <= {None}
     assert bare["evidence_totals"] is bare["calibration"] is None
 
 

@@ -39,6 +39,7 @@ def metadata():
     }
     last = entries["params/layers_1/mlp/up/kernel"]
     last |= {"fallback": SINGULAR, "experts": [0, 4096, 0]}
+    entries["params/embed/embedding"] = {"tokens": 0, "loss": None, "solver": "rtn"}
     calibration = {
         "sequences": 8,
         "tokens": 4096,
@@ -59,11 +60,23 @@ def test_totals(found):
     assert found.fallbacks == {SINGULAR: ["params/layers_1/mlp/up/kernel"]}
     assert found.totals() == {
         "tensors": 4,
+        "without_data": 1,
         "fallbacks": 1,
         "idle_experts": 2,
         "median_ratio": pytest.approx(0.625),
         "seconds": 6.0,
     }
+
+
+def test_weights_that_needed_no_data_stand_apart(found):
+    assert [t.path for t in found.others] == ["params/embed/embedding"]
+    assert not read_evidence({"evidence": {"w": {"tokens": 0, "loss": None}}})
+
+
+def test_seconds_may_lie_apart():
+    entries = {"a": {"tokens": 1}, "b": {"tokens": 1, "seconds": 2.0}}
+    found = read_evidence({"evidence": entries}, {"a": 1.5, "b": 7.0, "c": "x"})
+    assert [tensor.seconds for tensor in found.tensors] == [1.5, 2.0]
 
 
 def test_what_it_was_calibrated_on(found):
@@ -97,7 +110,7 @@ PLAIN = st.recursive(
     max_leaves=6,
 )
 FIELDS = ("tokens", "loss", "rtn_loss", "damping", "order", "seconds", "fallback",
-          "solver", "experts", "block_loss")  # fmt: skip
+          "solver", "note", "experts", "block_loss")  # fmt: skip
 
 
 @settings(max_examples=40)
@@ -105,7 +118,7 @@ FIELDS = ("tokens", "loss", "rtn_loss", "damping", "order", "seconds", "fallback
 def test_whatever_a_manifest_says_can_be_shown(entry, calibration):
     found = read_evidence({"evidence": {"w": entry}, "calibration": calibration})
     assert "nan" not in loss_bars(found)
-    assert found.totals()["tensors"] == 1
+    assert len(found.tensors) + len(found.others) == 1
     describe_calibration(found.calibration)
 
 
