@@ -6,6 +6,7 @@ nothing at 8 bits. Routers (the gates of mixtures of experts) stay float, as do 
 and biases, which no product consumes.
 """
 
+from jaxq.method import Chain, Method, autoround, awq, chain, gptq, rtn, smoothquant
 from jaxq.names import lookup
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
@@ -29,30 +30,55 @@ def _preset(
     name: str,
     weight: QuantSpec,
     activation: QuantSpec | None = None,
-    clip: str = "absmax",
+    method: Method | Chain | str = "rtn",
 ) -> Recipe:
-    """Return the recipe that applies one spec to all products."""
-    options = () if clip == "absmax" else (("clip", clip),)
-    return Recipe(name, (*_KEPT, Rule("*", weight, activation, options=options)))
+    """Return the recipe that applies one spec and method to all products."""
+    return Recipe(name, (*_KEPT, Rule("*", weight, activation, solver=method)))
 
 
 # of the symmetric grids the one that loses least at 4 bits (benchmarks/results)
 _SIGNED = QuantSpec("int4", GROUP, grid="full", scale="bfloat16")
+_INT8 = QuantSpec("int8", "channel")
 _INT8_TOKEN = QuantSpec("int8", "token")
 _FP8_TOKEN = QuantSpec("fp8_e4m3", "token")
 _DOUBLE = QuantSpec("dynamic8", 256, center=True)
+# LLM.int8()'s threshold: channels with larger activations are multiplied in float
+_INT8_OUTLIERS = QuantSpec("int8", "token", outliers=6.0)
+
+# What the ablation on the demo model chose (benchmarks/results/gptq_ablation.md)
+_GPTQ = gptq()
+_QUERY_OR_KEY = "re:.*(q_proj|k_proj|query|key)(/.*)?"
+
+
+def _awq_preset(name: str, weight: QuantSpec) -> Recipe:
+    """Return AWQ; queries and keys are not clipped: the softmax needs extremes."""
+    keep = Rule(_QUERY_OR_KEY, weight, solver=chain(awq(), rtn()), required=False)
+    clip = Rule("*", weight, solver=chain(awq(), rtn(clip="output")))
+    return Recipe(name, (*_KEPT, keep, clip))
+
 
 _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("w8a16", QuantSpec("int8", "channel")),
-    _preset("w4a16", _grouped("uint4"), clip="mse"),
-    _preset("w3a16", _grouped("uint3"), clip="mse"),
-    _preset("w2a16", _grouped("uint2"), clip="mse"),
+    _preset("w4a16", _grouped("uint4"), method=rtn(clip="mse")),
+    _preset("w3a16", _grouped("uint3"), method=rtn(clip="mse")),
+    _preset("w2a16", _grouped("uint2"), method=rtn(clip="mse")),
     _preset("w8a8", QuantSpec("int8", "channel"), _INT8_TOKEN),
-    _preset("w4a8", _SIGNED, _INT8_TOKEN, clip="mse"),
+    _preset("w4a8", _SIGNED, _INT8_TOKEN, method=rtn(clip="mse")),
     _preset("nf4", QuantSpec("nf4", 64)),
     _preset("nf4-dq", QuantSpec("nf4", 64, scale=_DOUBLE)),
     _preset("fp8", QuantSpec("fp8_e4m3", "channel"), _FP8_TOKEN),
     _preset("mxfp4", QuantSpec("fp4_e2m1", 32, scale="e8m0")),
+    _preset("w4a16-gptq", _grouped("uint4"), method=_GPTQ),
+    _preset("w3a16-gptq", _grouped("uint3"), method=_GPTQ),
+    _preset("w2a16-gptq", _grouped("uint2"), method=_GPTQ),
+    _preset("w4a16-autoround", _grouped("uint4"), method=autoround()),
+    _preset("w3a16-autoround", _grouped("uint3"), method=autoround()),
+    _preset("w2a16-autoround", _grouped("uint2"), method=autoround()),
+    _awq_preset("w4a16-awq", _grouped("uint4")),
+    _awq_preset("w3a16-awq", _grouped("uint3")),
+    _preset("w8a8-smoothquant", _INT8, _INT8_TOKEN, chain(smoothquant(0.5))),
+    _preset("w4a8-gptq", _SIGNED, _INT8_TOKEN, _GPTQ),
+    _preset("llm-int8", _INT8, _INT8_OUTLIERS),
     _preset("nvfp4", QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))),
 )
 

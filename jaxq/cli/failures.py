@@ -10,6 +10,7 @@ import typer
 from jaxq.cli.screen import errors
 
 FAILED = 1
+FELL_BACK = 3  # done, but calibration could not help some weights
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # What bad input, files and machines raise; its message is written for the user.

@@ -1,5 +1,6 @@
 """`jaxq quantize`: a float model in, a smaller one out."""
 
+import dataclasses
 import time
 from typing import Annotated
 
@@ -7,7 +8,8 @@ import jax
 import typer
 from rich.table import Table
 
-from jaxq.cli.failures import guarded
+from jaxq.checkpoints.summary import inspect
+from jaxq.cli.failures import FELL_BACK, guarded
 from jaxq.cli.options import (
     Debug,
     GroupSize,
@@ -20,7 +22,9 @@ from jaxq.cli.options import (
 from jaxq.cli.screen import errors, print_json, progress, results, size
 from jaxq.lm import LM, load_model
 from jaxq.recipe import Recipe
+from jaxq.streaming import quantize_to
 
+SHOWN = 5
 BACKENDS = ("safetensors", "orbax")
 
 
@@ -44,20 +48,34 @@ def quantize(  # noqa: PLR0913  one argument per option
         str, typer.Option(metavar="FORMAT", help="safetensors or orbax.")
     ] = "safetensors",
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a checkpoint that is there.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace a checkpoint that is there, and what a killed run left.",
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on where a killed or interrupted run stopped."
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Quantize a model and save it.
 
-    The folder is written completely or not at all, and loads with
-    [bold]jaxq.load_model[/] and every command here.
+    The folder appears complete or not at all, and loads with [bold]jaxq.load_model[/]
+    and every command here. The model is read, solved and written block by block, so it
+    may be larger than memory; a run that was killed goes on with [bold]--resume[/], and
+    ends with the same bytes. Where calibration could not help a weight it is rounded to
+    nearest, which is said, and the exit code is then 3.
 
     [bold]Examples[/]
       jaxq quantize demo -o small --recipe w4a16
       jaxq quantize ./llama -o llama-nf4 --recipe nf4 --group-size 128
-      jaxq quantize ./llama -o out --recipe mine.yaml --calibration notes.txt --json
+      jaxq quantize ./llama -o out --recipe w4a16-gptq --calibration notes.txt
+      jaxq quantize ./llama -o out --recipe w4a16-gptq --calibration notes.txt --resume
     """
     chosen = read_recipe(recipe)
     if to not in BACKENDS:
@@ -66,38 +84,148 @@ def quantize(  # noqa: PLR0913  one argument per option
             param_hint="--to",
         )
     text = None if calibration is None else read_text(calibration, "calibration.txt")
+    if resume and to != "safetensors":
+        raise typer.BadParameter(
+            f"a run to {to} is written at once and cannot be resumed; use "
+            f"--to safetensors",
+            param_hint="--resume",
+        )
     start = time.perf_counter()
     with errors().status(f"loading {model}"):
-        lm = load_model(model)
-    small = run_quantize(lm, chosen, text, group_size)
-    with errors().status(f"writing {output}"):
-        folder = small.save(output, backend=to, overwrite=force)
+        lm = load_model(model, lazy=to == "safetensors")
+    work = Work(output, chosen, text, group_size, force, resume)
+    done = stream(lm, work) if to == "safetensors" else whole(lm, work)
+    report(model, to, done, time.perf_counter() - start, as_json)
+    if done.fallbacks:
+        raise typer.Exit(FELL_BACK)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is to be done."""
+
+    output: str
+    recipe: Recipe
+    calibration: str | None
+    group_size: int | None
+    force: bool
+    resume: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What was done.
+
+    Attributes:
+        path: the folder.
+        recipe: the recipe, with the group size that was asked for.
+        before: bytes and bits per weight of the float model.
+        after: the same of the quantized one.
+        fallbacks: the weights that are not what the recipe asked for, and why.
+        resumed: how many blocks an earlier run had finished.
+    """
+
+    path: str
+    recipe: str
+    before: tuple[int, float]
+    after: tuple[int, float]
+    fallbacks: dict[str, str]
+    resumed: int = 0
+
+
+def stream(lm: LM, work: Work) -> Done:
+    """Quantize block by block, each written as it is done."""
+    with progress() as bars:
+        task = bars.add_task(f"quantizing to {work.recipe.name}", total=None)
+        written = quantize_to(
+            lm,
+            work.output,
+            work.recipe,
+            work.calibration,
+            work.group_size,
+            resume=work.resume,
+            overwrite=work.force,
+            progress=lambda _, done, total: bars.update(
+                task, completed=done, total=total
+            ),
+        )
+    found = inspect(written.path)
+    return Done(
+        str(written.path),
+        written.recipe.name,
+        (lm.nbytes, lm.bits_per_weight),
+        (found.bytes, found.bits_per_weight),
+        written.fallbacks,
+        written.resumed,
+    )
+
+
+def whole(lm: LM, work: Work) -> Done:
+    """Quantize in memory, and write all of it at the end."""
+    small = run_quantize(lm, work.recipe, work.calibration, work.group_size)
+    with errors().status(f"writing {work.output}"):
+        folder = small.save(work.output, backend="orbax", overwrite=work.force)
+    return Done(
+        str(folder),
+        small.recipe.name if small.recipe else work.recipe.name,
+        (lm.nbytes, lm.bits_per_weight),
+        (small.nbytes, small.bits_per_weight),
+        small.fallbacks,
+    )
+
+
+def report(model: str, to: str, done: Done, seconds: float, as_json: bool) -> None:
+    """Print what was done."""
+    before, after = done.before[0], done.after[0]
     facts = {
         "model": model,
-        "recipe": small.recipe.name if small.recipe else chosen.name,
-        "output": str(folder),
+        "recipe": done.recipe,
+        "output": done.path,
         "format": to,
-        "bits_per_weight": small.bits_per_weight,
-        "bytes": small.nbytes,
-        "bytes_before": lm.nbytes,
-        "seconds": round(time.perf_counter() - start, 3),
+        "bits_per_weight": done.after[1],
+        "bytes": after,
+        "bytes_before": before,
+        "seconds": round(seconds, 3),
+        "resumed_blocks": done.resumed,
+        "fallbacks": done.fallbacks,
     }
     if as_json:
         print_json(facts)
+    else:
+        table = Table(show_header=False, box=None, pad_edge=False)
+        ratio = before / after
+        rows = [
+            ("recipe", done.recipe),
+            ("bits per weight", f"{done.before[1]:.3f} → {done.after[1]:.3f}"),
+            ("size", f"{size(before)} → {size(after)} ({ratio:.2f}× smaller)"),
+            ("seconds", f"{seconds:.1f}"),
+            ("written", f"{done.path} ({to})"),
+        ]
+        if done.resumed:
+            rows.insert(1, ("resumed", f"after {done.resumed} finished blocks"))
+        for name, value in rows:
+            table.add_row(f"[dim]{name}[/]", value)
+        results().print(table)
+    tell_fallbacks(done.fallbacks)
+    hint = f"jaxq eval {done.path} --text TEXTFILE --reference {model}"
+    if not as_json:
+        errors().print(f"[dim]next:[/] {hint}", highlight=False)
+
+
+def tell_fallbacks(fallbacks: dict[str, str]) -> None:
+    """Say which weights are not what the recipe asked for."""
+    if not fallbacks:
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    ratio = lm.nbytes / small.nbytes
-    for name, value in (
-        ("recipe", facts["recipe"]),
-        ("bits per weight", f"{lm.bits_per_weight:.3f} → {small.bits_per_weight:.3f}"),
-        ("size", f"{size(lm.nbytes)} → {size(small.nbytes)} ({ratio:.2f}× smaller)"),
-        ("seconds", f"{facts['seconds']:.1f}"),
-        ("written", f"{folder} ({to})"),
-    ):
-        table.add_row(f"[dim]{name}[/]", value)
-    results().print(table)
-    hint = f"jaxq eval {output} --text TEXTFILE --reference {model}"
-    errors().print(f"[dim]next:[/] {hint}", highlight=False)
+    shown = list(fallbacks.items())[:SHOWN]
+    more = len(fallbacks) - len(shown)
+    console = errors()
+    console.print(
+        f"[bold yellow]fell back:[/] {len(fallbacks)} weights (exit code {FELL_BACK})"
+    )
+    for path, why in shown:
+        console.print(f"  {path}: {why}", markup=False, highlight=False, soft_wrap=True)
+    if more:
+        console.print(f"  and {more} more: jaxq inspect --evidence", highlight=False)
 
 
 def run_quantize(

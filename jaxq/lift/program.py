@@ -236,7 +236,9 @@ class _Cut:
             meeting = None if number is None else self._meeting(number, eqn)
             if meeting is not None:
                 x, block = meeting.activation, block_name(meeting.key, self.patterns)
-                if not groups or x in tainted or block != name:
+                # consumers of one activation are solved together, whatever their names
+                known = groups and any(m.activation is x for m in groups[-1])
+                if not known and (not groups or x in tainted or block != name):
                     groups.append([])
                     tainted.clear()
                     name = block
@@ -263,9 +265,12 @@ class _Cut:
         goals.append(list(jaxpr.outvars))
         # a group's products run right behind it, so that its weights can be let go
         used = self._used()
-        for group, goal in zip(groups, goals[1:], strict=False):
-            goal += [v for m in group for v in self.results[m.mark] if v in used]
-        bodies = [self._ancestors(goal, done) for goal in goals]
+        also = [
+            [v for m in group for v in self.results[m.mark] if v in used]
+            for group in groups
+        ]
+        pairs = zip(goals, [[], *also], strict=True)
+        bodies = [self._ancestors([*goal, *more], done) for goal, more in pairs]
         segments, lives = [], []
         needed: set[Any] = set()
         for body, goal in zip(reversed(bodies), reversed(goals), strict=True):

@@ -130,7 +130,7 @@ def _solve_one(
         dict(task.rule.options).get("order", _order(task.rule.solver)),
         time.perf_counter() - start,
         fallback,
-        experts,
+        experts=experts,
     )
     kept = statistics if task.rule.is_tuned else None
     return Outcome(q, evidence, compensated, kept)

@@ -6,10 +6,21 @@ from typing import Any
 import jax
 
 from jaxq.qtensor import QTensor
+from jaxq.solvers.autoround import TUNING
 from jaxq.solvers.base import Solved, Solver, Statistics
 from jaxq.solvers.gptq import gptq
 from jaxq.solvers.rtn import solve_rtn
 from jaxq.spec import QuantSpec
+
+
+def start_autoround(*args: Any, **options: Any) -> Solved:
+    """Return what block tuning starts from: GPTQ, with the weights it compensated.
+
+    Options of the tuning (`jaxq.solvers.autoround.Settings`) are the pipeline's.
+    """
+    ours = {name: value for name, value in options.items() if name not in TUNING}
+    return gptq(*args, **ours, compensated=True)
+
 
 _ROWS: tuple[Solver, ...] = (
     Solver("rtn", solve_rtn),
@@ -18,6 +29,15 @@ _ROWS: tuple[Solver, ...] = (
         gptq,
         needs=("gram", "tokens"),
         optional=lambda options: ("drift",) if options.get("drift") else (),
+        order="activation",
+    ),
+    Solver(
+        "autoround",
+        start_autoround,
+        needs=("gram", "tokens"),
+        optional=lambda options: ("drift",) if options.get("drift") else (),
+        order="activation",
+        tunes=True,
     ),
 )
 

@@ -1,0 +1,385 @@
+"""AutoRound: rounding and ranges learned by sign descent on a block's output."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.qtensor import QTensor
+from jaxq.solvers.relaxation import Variables, anchored, neutral, relaxed, settled
+
+PyTree = Any
+Weights = dict[str, Any]
+Run = Callable[[Weights, PyTree], PyTree]
+
+# a block's range may shrink to a quarter and double
+SMALLEST, LARGEST = 0.25, 2.0
+
+
+class Problem(NamedTuple):
+    """One weight to tune.
+
+    Attributes:
+        weight: float32, what is rounded: best what GPTQ made of the original
+            (`Solved.compensated`). Where its nearest code is not the one of ``start``,
+            the element begins as ``start`` has it.
+        start: the quantized weight to start from.
+    """
+
+    weight: jax.Array
+    start: QTensor
+
+
+class Samples(NamedTuple):
+    """What a block is tuned on: ``B`` batches of one shape, on a leading axis.
+
+    Attributes:
+        inputs: what the block gets from the quantized prefix, leaves ``[B, ...]``.
+        targets: what the float block makes of the float stream, leaves ``[B, ...]``.
+        mask: how much an element of the targets counts, ``[B, ...]``; trailing axes may
+            be missing. 0 for padding. None: all alike.
+    """
+
+    inputs: PyTree
+    targets: PyTree
+    mask: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How long, how fast, and on how much to tune.
+
+    Attributes:
+        steps: of descent.
+        lr: the first step of ``v``, in gaps between codes; decays linearly to 0. None
+            is ``1 / steps``: all steps together are then half a gap, which reaches
+            every neighbour.
+        range_lr: the first step of a range, relative; None is ``lr``.
+        batch: how many of the batches of `Samples` a step sees.
+        momentum: of the gradient, before its sign is taken.
+        checks: how often the loss on all samples is taken, to keep the best.
+        ranges: whether ranges are learned, too.
+
+    Raises:
+        ValueError: naming the field, its value and what it may be.
+    """
+
+    steps: int = 200
+    lr: float | None = None
+    range_lr: float | None = None
+    batch: int = 8
+    momentum: float = 0.0
+    checks: int = 10
+    ranges: bool = True
+
+    def __post_init__(self) -> None:
+        """Reject what could tune nothing."""
+        for name in ("steps", "batch", "checks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "range_lr"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate <= 1:
+                raise ValueError(
+                    f"{name}={rate} must lie in (0, 1]; 1 / steps is usual (None)"
+                )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
+
+
+TUNING = frozenset(field.name for field in dataclasses.fields(Settings))
+
+
+class Tuned(NamedTuple):
+    """What `tune` returns. Losses are relative: squared error over squared target.
+
+    Attributes:
+        weights: the tuned weights by name.
+        start_loss: of the start, on all samples.
+        best_loss: of ``weights``, on all samples: at most ``start_loss``.
+        best_step: how many steps led to ``weights``; 0: nothing beat the start.
+        losses: ``float32[steps]``, of every step's batches before the step.
+        checked: ``float32[checks]``, on all samples, while tuning.
+    """
+
+    weights: dict[str, QTensor]
+    start_loss: jax.Array
+    best_loss: jax.Array
+    best_step: jax.Array
+    losses: jax.Array
+    checked: jax.Array
+
+
+def tune(
+    run: Run,
+    problems: Mapping[str, Problem],
+    samples: Samples,
+    settings: Settings = Settings(),
+    *,
+    fixed: Weights | None = None,
+    key: jax.Array,
+) -> Tuned:
+    """Tune the weights of one block so that its output is the float block's.
+
+    ``min over v, α, β of ‖run(ŵ(v, α, β), x) − y‖² / ‖y‖²`` by steps along the sign of
+    the gradient, with ``ŵ`` of `relaxed`, ``v`` kept in [−½, ½]. What is stored is what
+    is optimized: scales are rounded to their dtype and zeros to integers in every step.
+    At the start and ``checks`` times the loss on *all* samples is taken, and the best
+    of those is returned, so that tuning never makes it worse.
+
+    Everything is one compiled scan. A second block compiles nothing if ``run`` is the
+    same object, the names are the same, and shapes, specs and settings are equal.
+
+    Args:
+        run: ``run(weights, x)``, the output of the block for one batch ``x``, without
+            its leading axis; differentiable in the float32 ``weights``.
+        problems: the weights to tune, by the names that ``run`` knows.
+        samples: the batches.
+        settings: how.
+        fixed: further weights that ``run`` knows, passed on as they are.
+        key: decides the order of the batches.
+
+    Raises:
+        ValueError: without a problem or a batch; when shapes disagree; when a name is
+            both tuned and fixed.
+
+    Example:
+        >>> from jaxq.quantize import quantize
+        >>> from jaxq.spec import QuantSpec
+        >>> w = jnp.sin(jnp.arange(64.0)).reshape(16, 4)
+        >>> x = jnp.cos(jnp.outer(jnp.arange(32.0), jnp.arange(16.0)))[None]
+        >>> problem = Problem(w, quantize(w, QuantSpec("int3", block=16)))
+        >>> run = lambda weights, x: x @ weights["w"]
+        >>> tuned = tune(run, {"w": problem}, Samples(x, x @ w), key=jax.random.key(0))
+        >>> bool(tuned.best_loss < tuned.start_loss)
+        True
+
+    References:
+        Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for
+        the Quantization of LLMs", section 3. That keeps the best batch, seen by
+        chance, where this keeps the best on all samples.
+    """
+    fixed = fixed or {}
+    _check(problems, samples, fixed)
+    # a name is part of a compiled function's key, and every layer's is another
+    nameless = {
+        name: Problem(p.weight, dataclasses.replace(p.start, name=None))
+        for name, p in problems.items()
+    }
+    tuned = _tune(run, nameless, samples, settings, fixed, key)
+    named = {
+        name: dataclasses.replace(q, name=problems[name].start.name)
+        for name, q in tuned.weights.items()
+    }
+    return tuned._replace(weights=named)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "settings"))
+def _tune(
+    run: Run,
+    problems: dict[str, Problem],
+    samples: Samples,
+    settings: Settings,
+    fixed: Weights,
+    key: jax.Array,
+) -> Tuned:
+    """Tune, traced and compiled once per shape."""
+    block = _Block.of(run, problems, samples, fixed)
+    starts = {name: problem.start for name, problem in problems.items()}
+    variables = {name: neutral(q, settings.ranges) for name, q in starts.items()}
+    best = _Best(variables, block.error(variables), jnp.int32(0))
+    start_loss = best.loss
+
+    def step(state: Any, now: _Step) -> tuple[Any, Any]:
+        variables, velocity, best = state
+        loss, gradient = jax.value_and_grad(block.sampled_error)(variables, now.chosen)
+        velocity = jax.tree.map(
+            lambda m, g: settings.momentum * m + g, velocity, gradient
+        )
+        variables = _descend(variables, velocity, now)
+        best, checked = lax.cond(
+            now.check, block.compare, _skip, best, variables, now.number
+        )
+        return (variables, velocity, best), (loss, checked)
+
+    velocity = jax.tree.map(jnp.zeros_like, variables)
+    steps = _schedule(settings, block.batches, key)
+    (_, _, best), (losses, checked) = lax.scan(step, (variables, velocity, best), steps)
+    weights = {
+        name: settled(block.anchors[name], q, best.variables[name])
+        for name, q in starts.items()
+    }
+    checked = checked[np.flatnonzero(_checks(settings))]
+    return Tuned(weights, start_loss, best.loss, best.step, losses, checked)
+
+
+class _Best(NamedTuple):
+    """The best variables so far, their error on all samples, and after which step."""
+
+    variables: dict[str, Variables]
+    loss: jax.Array
+    step: jax.Array
+
+
+class _Step(NamedTuple):
+    """What differs between steps: its batches, rates, and whether it is checked."""
+
+    number: jax.Array
+    chosen: jax.Array
+    rate: jax.Array
+    range_rate: jax.Array
+    check: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """The error of a block's output as a function of the variables."""
+
+    run: Run
+    problems: dict[str, Problem]
+    samples: Samples
+    fixed: Weights
+    anchors: dict[str, jax.Array]
+    energy: list[jax.Array]
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        problems: dict[str, Problem],
+        samples: Samples,
+        fixed: Weights,
+    ) -> "_Block":
+        """Anchor the weights, and take the mean square sum of a batch's targets."""
+        anchors = {name: anchored(*problem) for name, problem in problems.items()}
+        energy = lax.map(lambda s: _squares(s.targets, s.mask), samples)
+        energy = jax.tree.map(jnp.mean, energy)
+        return cls(run, problems, samples, fixed, anchors, energy)
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(jax.tree.leaves(self.samples.targets)[0])
+
+    def error_of(self, variables: dict[str, Variables], batch: Samples) -> jax.Array:
+        """Return a batch's squared error over the mean batch's squared target."""
+        weights = {
+            name: relaxed(self.anchors[name], problem.start, variables[name])
+            for name, problem in self.problems.items()
+        }
+        outputs = self.run({**self.fixed, **weights}, batch.inputs)
+        difference = jax.tree.map(_minus, outputs, batch.targets)
+        squares = _squares(difference, batch.mask)
+        parts = [a / b for a, b in zip(squares, self.energy, strict=True)]
+        return sum(parts[1:], parts[0]) / len(parts)
+
+    def sampled_error(
+        self, variables: dict[str, Variables], chosen: jax.Array
+    ) -> jax.Array:
+        """Return the mean error of some batches, all at once."""
+        batches = jax.tree.map(lambda a: a[chosen], self.samples)
+        return jnp.mean(jax.vmap(self.error_of, (None, 0))(variables, batches))
+
+    def error(self, variables: dict[str, Variables]) -> jax.Array:
+        """Return the mean error of all batches, one at a time."""
+        each = functools.partial(self.error_of, variables)
+        return jnp.mean(lax.map(each, self.samples))
+
+    def compare(
+        self, best: _Best, variables: dict[str, Variables], number: jax.Array
+    ) -> tuple[_Best, jax.Array]:
+        """Return the better of the best and these variables, and the error of these."""
+        now = _Best(variables, self.error(variables), number)
+        choose = functools.partial(jnp.where, now.loss < best.loss)
+        return jax.tree.map(choose, now, best), now.loss
+
+
+def _skip(best: _Best, variables: Any, number: jax.Array) -> tuple[_Best, jax.Array]:
+    """Return what `_Block.compare` returns, of a step that is not checked."""
+    return best, jnp.float32(jnp.nan)
+
+
+def _descend(
+    variables: dict[str, Variables], direction: dict[str, Variables], now: _Step
+) -> dict[str, Variables]:
+    """Take a step along the sign, within bounds."""
+
+    def move(x: Any, d: Any, rate: jax.Array, low: float, high: float) -> Any:
+        return None if x is None else jnp.clip(x - rate * jnp.sign(d), low, high)
+
+    return {
+        name: Variables(
+            move(x.rounding, direction[name].rounding, now.rate, -0.5, 0.5),
+            move(x.low, direction[name].low, now.range_rate, SMALLEST, LARGEST),
+            move(x.high, direction[name].high, now.range_rate, SMALLEST, LARGEST),
+        )
+        for name, x in variables.items()
+    }
+
+
+def _checks(settings: Settings) -> np.ndarray:
+    """Return after which steps all samples are looked at: the last, and evenly."""
+    marks = np.arange(1, settings.steps + 1) * settings.checks // settings.steps
+    return np.diff(marks, prepend=0) > 0
+
+
+def _schedule(settings: Settings, batches: int, key: jax.Array) -> _Step:
+    """Return the steps, stacked: every batch once before any is seen again."""
+    steps, size = settings.steps, min(settings.batch, batches)
+    rounds = -(-steps * size // batches)
+    order = jax.vmap(lambda k: jax.random.permutation(k, batches))
+    chosen = order(jax.random.split(key, rounds)).reshape(-1)[: steps * size]
+    lr = 1 / steps if settings.lr is None else settings.lr
+    range_lr = lr if settings.range_lr is None else settings.range_lr
+    decay = 1 - jnp.arange(steps, dtype=jnp.float32) / steps
+    return _Step(
+        number=jnp.arange(1, steps + 1, dtype=jnp.int32),
+        chosen=chosen.reshape(steps, size),
+        rate=jnp.float32(lr) * decay,
+        range_rate=jnp.float32(range_lr) * decay,
+        check=jnp.asarray(_checks(settings)),
+    )
+
+
+def _minus(output: jax.Array, target: jax.Array) -> jax.Array:
+    """Return the difference in float32."""
+    return output.astype(jnp.float32) - target.astype(jnp.float32)
+
+
+def _squares(tree: PyTree, mask: jax.Array | None) -> list[jax.Array]:
+    """Return the sum of squares of every leaf, weighted by the mask."""
+
+    def total(x: jax.Array) -> jax.Array:
+        squares = jnp.square(x.astype(jnp.float32))
+        if mask is not None:
+            weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+            squares = squares * weight.astype(jnp.float32)
+        return jnp.sum(squares)
+
+    return [total(x) for x in jax.tree.leaves(tree)]
+
+
+def _check(problems: Mapping[str, Problem], samples: Samples, fixed: Weights) -> None:
+    """Raise unless there is something to tune, and something to tune it on."""
+    if not problems:
+        raise ValueError("problems is empty: give at least one weight to tune")
+    for name, (weight, start) in problems.items():
+        if weight.shape != start.shape:
+            raise ValueError(
+                f"the weight {name!r} has shape {weight.shape} and its start "
+                f"{start.shape}: give what the start was made of"
+            )
+    both = sorted(set(problems) & set(fixed))
+    if both:
+        raise ValueError(f"{both} are both tuned and fixed: give each name once")
+    lengths = {len(leaf) for leaf in jax.tree.leaves(samples)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"the leaves of samples have leading axes of {sorted(lengths)}: give the "
+            f"same number of batches, at least 1, in inputs, targets and mask"
+        )

@@ -1,0 +1,173 @@
+"""A quantized weight as a function of what can be learned: its rounding, its range.
+
+``ŵ = s · (clip(⌊w / s + v⌉ + z) − z)``, where ``v`` moves every element towards the
+code above or below, and multipliers ``α``, ``β`` of the two ends of every block's range
+set ``s`` and ``z``. At ``v = 0, α = β = 1`` it is the start, exactly.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxq.blocks import spread
+from jaxq.qtensor import QTensor
+from jaxq.quantize import Blocking, assemble
+from jaxq.scales import divide, round_scale, rounded, store_scale
+from jaxq.spec import QuantSpec
+
+
+class Variables(NamedTuple):
+    """What is learned of one weight.
+
+    Attributes:
+        rounding: ``v``, float32 of the weight's shape, in gaps between codes.
+        low: ``α``, float32, one per block; None: fixed, or the format is symmetric.
+        high: ``β``, float32, one per block (symmetric: of the scale); None: fixed.
+    """
+
+    rounding: jax.Array
+    low: jax.Array | None
+    high: jax.Array | None
+
+
+def neutral(start: QTensor, ranges: bool = True) -> Variables:
+    """Return the variables at which `relaxed` is ``start``.
+
+    Args:
+        start: a quantized weight.
+        ranges: whether ranges are to be learned. Scales that cannot move a little are
+            fixed in any case: powers of two, and scales that are quantized in turn.
+    """
+    spec, ones = start.spec, jnp.ones(start.scales.shape, jnp.float32)
+    free = ranges and isinstance(spec.scale, str) and spec.scale != "e8m0"
+    low = ones if free and start.zeros is not None else None
+    return Variables(jnp.zeros(start.shape), low, ones if free else None)
+
+
+def anchored(weight: jax.Array, start: QTensor) -> jax.Array:
+    """Return the weight to relax: as given, but as ``start`` where the two differ.
+
+    They differ where the nearest code is not the start's, for example where GPTQ chose
+    another and ``weight`` is the original.
+
+    Args:
+        weight: float32, the shape of ``start``.
+        start: codes, scales and zeros.
+    """
+    variables = neutral(start)
+    scale, zero = _grid(start, variables)
+    here = _level(_position(weight, scale, zero, variables.rounding, start), start.spec)
+    codes = start.code_values()
+    values = (codes if zero is None else codes - zero) * scale
+    return jnp.where(here == codes, weight, values)
+
+
+def relaxed(anchor: jax.Array, start: QTensor, variables: Variables) -> jax.Array:
+    """Return the float32 weight that `settled` would read back, differentiable.
+
+    The rounding passes gradients as if it were not there (straight-through, Bengio et
+    al. 2013), except beyond the outermost codes, where an element is clipped.
+
+    Args:
+        anchor: of `anchored`.
+        start: what is learned is relative to this.
+        variables: the point.
+    """
+    spec = start.spec
+    scale, zero = _grid(start, variables)
+    at = _position(anchor, scale, zero, variables.rounding, start)
+    lowest, highest = spec.code_range
+    reach = 0.5 * _gap(at, spec)
+    inside = (at >= lowest - reach) & (at <= highest + reach)
+    level = _straight(_level(at, spec), jnp.where(inside, at, lax.stop_gradient(at)))
+    values = (level if zero is None else level - zero) * scale
+    if start.offset is not None:
+        values = rounded(values) + start.offset
+    return values if start.input_scale is None else values * start.input_scale
+
+
+def settled(anchor: jax.Array, start: QTensor, variables: Variables) -> QTensor:
+    """Return the quantized weight at ``variables``: ``start`` with other numbers."""
+    spec, axis = start.spec, start.axis % start.ndim
+    scale, zero = _block_grid(start, variables)
+    spread_scale, spread_zero = _spread(scale, start), _spread(zero, start)
+    at = _position(anchor, spread_scale, spread_zero, variables.rounding, start)
+    codes = spec.number_format.encode(jnp.clip(at, *spec.code_range))
+    scales = start.scales
+    if variables.high is not None:
+        scales = store_scale(scale, spec.scale)
+    where = Blocking(start.blocks, (axis,))
+    q = assemble(codes, scales, zero, spec, where, dtype=start.dtype)
+    return dataclasses.replace(start, codes=q.codes, scales=q.scales, zeros=q.zeros)
+
+
+def _block_grid(
+    start: QTensor, variables: Variables
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return scale and zero of every block, rounded to what is stored."""
+    spec, scale = start.spec, start.scale_values()
+    zero = None if start.zeros is None else start.zeros.astype(jnp.float32)
+    if variables.high is None:
+        return scale, zero
+    if zero is None:
+        ideal = scale * variables.high
+        return _straight(round_scale(ideal, spec), ideal), None
+    lowest, highest = spec.code_range
+    below = rounded(variables.low * (zero - lowest))
+    above = rounded(variables.high * (highest - zero))
+    stretch = divide(below + above, highest - lowest)
+    ideal = scale * stretch
+    zero = lowest + divide(below, stretch)
+    nearest = jnp.clip(jnp.round(zero), lowest, highest)
+    return _straight(round_scale(ideal, spec), ideal), _straight(nearest, zero)
+
+
+def _grid(start: QTensor, variables: Variables) -> tuple[jax.Array, jax.Array | None]:
+    """Return scale and zero of every element."""
+    scale, zero = _block_grid(start, variables)
+    return _spread(scale, start), _spread(zero, start)
+
+
+def _spread(values: jax.Array | None, start: QTensor) -> jax.Array | None:
+    """Return one value per element of one per block."""
+    return None if values is None else spread(values, start.blocks, start.shape)
+
+
+def _position(
+    weight: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    rounding: jax.Array,
+    start: QTensor,
+) -> jax.Array:
+    """Return where elements lie in code units, not clipped; with zeros, rounded."""
+    at = divide(weight, jnp.where(scale == 0, jnp.float32(1), scale))
+    at = at + rounded(rounding * _gap(at, start.spec))
+    return at if zero is None else _straight(jnp.round(at), at) + zero
+
+
+def _level(at: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Return the nearest number of the format within the spec's code range."""
+    fmt = spec.number_format
+    return fmt.decode(fmt.encode(jnp.clip(at, *spec.code_range)))
+
+
+def _gap(at: jax.Array, spec: QuantSpec) -> jax.Array | float:
+    """Return the distance between the two numbers of the format around ``at``."""
+    fmt = spec.number_format
+    if fmt.is_integer:
+        return jnp.float32(1)
+    with jax.ensure_compile_time_eval():
+        numbers = np.asarray(fmt.decode(jnp.arange(2**fmt.bits, dtype=jnp.uint8)))
+    numbers = np.unique(numbers[np.isfinite(numbers)])
+    cell = jnp.searchsorted(jnp.asarray(numbers[1:-1]), at, side="right")
+    return jnp.asarray(np.diff(numbers))[cell]
+
+
+def _straight(hard: jax.Array, soft: jax.Array) -> jax.Array:
+    """Return ``hard``, exactly, with the gradient of ``soft``."""
+    return lax.stop_gradient(hard) + (soft - lax.stop_gradient(soft))
