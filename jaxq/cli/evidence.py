@@ -80,7 +80,7 @@ def evidence_lines(found: Evidence) -> Iterator[Text]:
     if found.seconds:
         said[0] += f" in {found.seconds:.1f} s"
     if found.ratio is not None:
-        said.append(f"median loss {found.ratio:.2f} × rounding to nearest")
+        said.append(f"median loss {found.ratio:.2f} × RTN")
     said.append(f"{totals['fallbacks'] or 'none'} fell back")
     yield Text(", ".join(said))
     if data := describe_calibration(found.calibration):

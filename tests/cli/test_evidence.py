@@ -45,8 +45,7 @@ def test_golden():
         "layers_1/attn/q  0.005  0.250 ━━          1.5",
         "layers_0/mlp/up  0.015  0.750 ━━━━━━━━    1.5",
         "layers_1/mlp/up   0.02  1.000 ━━━━━━━━━━  1.5",
-        "4 weights calibrated in 6.0 s, median loss 0.62 × rounding to nearest, "
-        "1 fell back",
+        "4 weights calibrated in 6.0 s, median loss 0.62 × RTN, 1 fell back",
         "on 8 sequences, 4,096 tokens · one shot: no way",
         "every weight: tokens 4,096 · damping 0.01 · order act",
         "without data: embed/embedding",
