@@ -46,6 +46,11 @@ class Blocking:
                 scalar or empty.
         """
         contracting = contracting_axes(spec, len(shape), axis)
+        if spec.outliers is not None:
+            raise ValueError(
+                f"outliers={spec.outliers:g} is about the activation of a product, not "
+                f"a tensor by itself: give it as activation=, and leave it out here"
+            )
         if 0 in shape:
             raise ValueError(
                 f"a tensor of shape {tuple(shape)} has no elements to quantize"

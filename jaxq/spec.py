@@ -32,6 +32,10 @@ class QuantSpec:
         scale: the dtype scales are stored in, one of ``float32 bfloat16 float16 e4m3
             e8m0`` (e8m0: a power of two, rounded down as OCP Microscaling does), or a
             `QuantSpec` by which the scales are quantized in turn (double quantization).
+        outliers: of an activation only, and only int8 per token: the magnitude from
+            which a number counts as an outlier. A column of the activation that holds
+            any is multiplied in floats, the others in integers (LLM.int8(), Dettmers
+            et al. 2022, where it is 6). None: everything in integers.
         center: whether the mean is subtracted first and stored as an offset; used for
             double-quantized scales, as QLoRA does.
 
@@ -49,6 +53,7 @@ class QuantSpec:
     grid: str = "restricted"
     scale: "str | QuantSpec" = "float32"
     center: bool = False
+    outliers: float | None = None
 
     def __post_init__(self) -> None:
         """Reject what no quantizer could honour."""
@@ -75,6 +80,8 @@ class QuantSpec:
                 f"grid={self.grid!r} is a choice for signed integers, but the format "
                 f"is {self.format!r}: leave grid='restricted'"
             )
+        if self.outliers is not None:
+            object.__setattr__(self, "outliers", _checked_outliers(self))
 
     @property
     def number_format(self) -> Format:
@@ -105,7 +112,8 @@ class QuantSpec:
             scales = f"{self.scale} scales"
         else:
             scales = f"scales as {self.scale.describe()}"
-        return f"{self.format} {block}{kind}{grid}, {scales}"
+        kept = "" if self.outliers is None else f", outliers from {self.outliers:g}"
+        return f"{self.format} {block}{kind}{grid}, {scales}{kept}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as plain data."""
@@ -134,6 +142,26 @@ class QuantSpec:
         if isinstance(fields.get("scale"), Mapping):
             fields["scale"] = cls.from_dict(fields["scale"])
         return cls(**fields)
+
+
+def _checked_outliers(spec: QuantSpec) -> float:
+    """Return the threshold of a spec that may have one, as a float."""
+    limit = spec.outliers
+    number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if not number or not 0 < limit < float("inf"):
+        raise ValueError(
+            f"outliers={limit!r} must be a positive number, the magnitude from which a "
+            f"column stays float (6.0 is usual), or None"
+        )
+    plain = spec.symmetric and spec.grid == "restricted" and not spec.center
+    if spec.format != "int8" or spec.block != "token" or not plain:
+        raise ValueError(
+            f"outliers={limit:g} is for an activation in int8, symmetric, with one "
+            f"scale per token, but the spec has format={spec.format!r}, "
+            f"block={spec.block!r}, symmetric={spec.symmetric}, grid={spec.grid!r}, "
+            f"center={spec.center}: use QuantSpec('int8', 'token', outliers={limit:g})"
+        )
+    return float(limit)
 
 
 def _check_block(block: Block) -> None:

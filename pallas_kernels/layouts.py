@@ -135,3 +135,38 @@ def unpack(packed: jax.Array, bits: int, axis: int, block: int) -> jax.Array:
     tail = rows.shape[1:]
     planes = split_planes(rows.reshape(rows.shape[0], math.prod(tail)), bits, block)
     return jnp.moveaxis(join_planes(planes, bits).reshape(-1, *tail), 0, axis)
+
+
+def unpack_rows(packed: jax.Array, bits: int, block: int, rows: jax.Array) -> jax.Array:
+    """Return some rows of codes packed along the first axis: ``unpack(...)[rows]``.
+
+    Only the bytes that hold them are read.
+
+    Args:
+        packed: uint8 ``[K · bits / 8, N]``.
+        bits: bits per code.
+        block: rows per packing block.
+        rows: int ``[C]``, each below K.
+
+    Returns:
+        uint8 ``[C, N]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> packed = pack(jnp.arange(8, dtype=jnp.uint8), bits=4, axis=0, block=8)
+        >>> unpack_rows(packed[:, None], 4, 8, jnp.asarray([6, 1]))[:, 0].tolist()
+        [6, 1]
+    """
+    if bits == 8:
+        return packed[rows]
+    number, inside = rows // block, rows % block
+    start, low = number * (block * bits // 8), 0
+    parts: list[jax.Array] = []
+    for width in plane_widths(bits):
+        size = block * width // 8
+        field, place = inside // size, inside % size
+        shift = (field * width).astype(jnp.uint8)[:, None]
+        codes = (packed[start + place] >> shift) & np.uint8(2**width - 1)
+        parts.append(codes << np.uint8(low))
+        start, low = start + size, low + width
+    return functools.reduce(operator.or_, parts)

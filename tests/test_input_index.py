@@ -143,6 +143,18 @@ def test_every_kernel(name, spec, activation, rows, rng):
         np.testing.assert_allclose(want, same, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rows", "activation"), [(1, None), (20, None), (20, TOKEN)], ids=str
+)
+def test_bfloat16(rows, activation, rng):
+    q, _ = picked(rng, G16, dtype=jnp.dtype("bfloat16"), activation=activation)
+    x = jnp.asarray(normal(rng, rows, 40)).astype(jnp.bfloat16)
+    wide = np.asarray(x.astype(jnp.float32), np.float64)
+    want = wide @ oracle.dequantize(q)
+    size = np.abs(wide) @ np.abs(oracle.dequantize(q)) + 5
+    assert np.all(np.abs(np.asarray(multiply(x, q), np.float64) - want) < 2e-2 * size)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_stack(shared, rng):
     w = stored(normal(rng, 3, 32, 6), G16, 1, (0,))

@@ -16,6 +16,7 @@ SPECS = [
     QuantSpec("fp8_e4m3", (128, 128)),
     QuantSpec("fp4_e2m1", 32, scale="e8m0"),
     QuantSpec("nf4", 64, scale=DOUBLE),
+    QuantSpec("int8", "token", outliers=6),
 ]
 
 
@@ -66,6 +67,7 @@ def test_describe():
         "fp8_e4m3 tile 128x128, float32 scales",
         "fp4_e2m1 g32, e8m0 scales",
         "nf4 g64, scales as dynamic8 g256, float32 scales",
+        "int8 token, float32 scales, outliers from 6",
     ]
 
 
@@ -97,12 +99,32 @@ def test_describe():
             "e8m0.*symmetric=False",
         ),
         ({"grid": "gptq", "scale": "e8m0"}, "e8m0.*grid='gptq'"),
+        ({"outliers": 0}, "outliers=0 must be a positive number.*6.0 is usual"),
+        ({"outliers": float("nan")}, "outliers=nan must be"),
+        ({"outliers": float("inf")}, "outliers=inf must be"),
+        ({"outliers": "6"}, "outliers='6' must be"),
+        ({"outliers": True}, "outliers=True must be"),
+        (
+            {"outliers": 6},
+            r"outliers=6 is for .*'int4'.*use QuantSpec\('int8', 'token', outliers=6\)",
+        ),
+        ({"format": "int8", "block": "tensor", "outliers": 6}, "block='tensor'"),
+        (
+            {"format": "int8", "block": "token", "symmetric": False, "outliers": 6.5},
+            "outliers=6.5 is for .*symmetric=False",
+        ),
     ],
     ids=str,
 )
 def test_errors_name_the_value_and_the_remedy(fields, message):
     with pytest.raises(ValueError, match=message):
         QuantSpec(**{"format": "int4", **fields})
+
+
+def test_a_threshold_is_a_float():
+    spec = QuantSpec("int8", "token", outliers=6)
+    assert type(spec.outliers) is float
+    assert spec.to_dict()["outliers"] == 6.0
 
 
 def test_an_unknown_key_is_named():

@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxq.qtensor import QTensor
-from jaxq.quantize import Axes, Bounds, quantize
+from jaxq.quantize import Axes, Blocking, Bounds, block_bounds, quantize
 from jaxq.spec import QuantSpec
 
 
@@ -19,8 +20,15 @@ def picked_input(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
     """
     if w.input_index is None:
         return x, w
-    x = jnp.take(x, w.input_index[:, 0], axis=1)
+    x = take_columns(x, w.input_index[:, 0])
     return x, dataclasses.replace(w, input_index=None, rows=None)
+
+
+def take_columns(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Return ``x[:, index]``; an index that is out of range makes a column of NaNs."""
+    # XLA:CPU gathers rows of the transpose, folds the transposition into a product that
+    # follows, and has none of that kind in bfloat16
+    return lax.optimization_barrier(jnp.take(x, index, axis=1))
 
 
 def scaled_input(x: jax.Array, w: QTensor) -> tuple[jax.Array, QTensor]:
@@ -79,13 +87,56 @@ def _static_bounds(w: QTensor, spec: QuantSpec, rank: int) -> Bounds:
     return scale * (fmt.lowest - zero), scale * (fmt.highest - zero)
 
 
+def split_outliers(
+    x: jax.Array, w: QTensor, spec: QuantSpec, axis: Axes = -1
+) -> tuple[QTensor, jax.Array]:
+    """Return the int8 part of ``x``, and the columns that are left to floats.
+
+    A column is left out when any of its tokens has ``|x| ≥ spec.outliers``. The order
+    is that of the official code: the scale of a token is the largest magnitude of its
+    *elements* below the threshold, so what is small in an outlier column still counts;
+    then the *columns* are zeroed (Dettmers et al. 2022, section 3.2). Since columns
+    depend on all tokens of the call, so does the rounding of each.
+
+    Args:
+        x: ``[M, K]``, or whatever ``axis`` fits.
+        w: the weight, with its ``activation_scale`` if that is static.
+        spec: with a threshold.
+        axis: the contracted axes of ``x``.
+
+    Returns:
+        ``x`` quantized with those columns 0, and ``bool`` columns, of the rank of ``x``
+        and of length 1 along its tokens.
+
+    Raises:
+        ValueError: when the spec has no threshold.
+    """
+    if spec.outliers is None:
+        raise ValueError(f"{spec.describe()} has no threshold: give outliers=6.0")
+    large = jnp.abs(x) >= spec.outliers
+    plain = dataclasses.replace(spec, outliers=None)
+    where = Blocking.of(plain, x.shape, axis)
+    tokens = tuple(i for i in range(x.ndim) if i not in where.contracting)
+    columns = jnp.any(large, tokens, keepdims=True)
+    if w.activation_scale is None:
+        bounds = block_bounds(jnp.where(large, 0, x), where.block)
+    else:
+        bounds = _static_bounds(w, plain, x.ndim)
+    return quantize(jnp.where(columns, 0, x), plain, axis, bounds=bounds), columns
+
+
 def quantized_input(x: jax.Array, w: QTensor, axis: Axes = -1) -> jax.Array:
     """Return ``x`` as its quantized form reads back, or ``x`` when it stays float.
 
+    Columns with outliers, when the weight asks for them to be kept, stay as they are.
     The gradient passes straight through, as in `jaxq.quantize.fake_quant`.
     """
     if w.activation is None:
         return x
     fixed = jax.lax.stop_gradient(x)
-    read = static_or_dynamic(fixed, w, w.activation, axis).dequantize(x.dtype)
+    if w.activation.outliers is None:
+        read = static_or_dynamic(fixed, w, w.activation, axis).dequantize(x.dtype)
+    else:
+        part, columns = split_outliers(fixed, w, w.activation, axis)
+        read = jnp.where(columns, fixed, part.dequantize(x.dtype))
     return jax.lax.stop_gradient(read) + (x - fixed)

@@ -11,9 +11,11 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.formats.codebook import CodebookFormat
-from jaxq.ops.activation import quantized_input, static_or_dynamic
+from jaxq.ops.activation import quantized_input, split_outliers, static_or_dynamic
 from jaxq.ops.derivative import Product, borrow_derivative
+from jaxq.ops.outliers import outlier_product
 from jaxq.qtensor import QTensor
+from jaxq.spec import QuantSpec
 from pallas_kernels.xla import fused_dot, integer_dot, integer_tiled_dot, tiled_dot
 from pallas_kernels.xla.fused_dot import sum_block
 
@@ -132,6 +134,21 @@ def _needs_integers(p: Problem) -> str | None:
     act = p.w.activation
     if act is None:
         return "the activation stays float"
+    if act.outliers is not None:
+        return "the activation keeps outliers in float"
+    return _needs_integer_operands(p, act)
+
+
+def _needs_outliers(p: Problem) -> str | None:
+    act = p.w.activation
+    if act is None:
+        return "the activation stays float"
+    if act.outliers is None:
+        return "the activation keeps no outliers in float"
+    return _needs_integer_operands(p, act)
+
+
+def _needs_integer_operands(p: Problem, act: QuantSpec) -> str | None:
     rows = act.block in ("token", "channel", "tensor")
     if act.format != "int8" or not (rows and act.symmetric) or act.center:
         return f"the activation is {act.describe()}, not int8 per token or tensor"
@@ -147,13 +164,17 @@ def _needs_integers(p: Problem) -> str | None:
 
 
 def _needs_whole_int8(p: Problem) -> str | None:
+    return _prefers_tiles(p) or _needs_integers(p)
+
+
+def _prefers_tiles(p: Problem) -> str | None:
     if p.w.spec.format != "int8":
         return "the weight is not int8"
     if p.w.blocks[0] < p.w.shape[0]:
         return "the weight has several scales per column"
     if p.x.shape[0] <= MANY_ROWS:
         return f"{p.x.shape[0]} rows: a walk over tiles is faster"
-    return _needs_integers(p)
+    return None
 
 
 def _run_fused(p: Problem) -> jax.Array:
@@ -169,7 +190,10 @@ def _run_fused(p: Problem) -> jax.Array:
 
 
 def _run_whole_int8(p: Problem) -> jax.Array:
-    q = p.quantized_activation()
+    return _whole_int8(p, p.quantized_activation())
+
+
+def _whole_int8(p: Problem, q: QTensor) -> jax.Array:
     w = lax.bitcast_convert_type(p.w.codes, jnp.int8)
     x = lax.bitcast_convert_type(q.codes, jnp.int8)
     total = integer_dot(x, w).astype(jnp.float32)
@@ -177,7 +201,10 @@ def _run_whole_int8(p: Problem) -> jax.Array:
 
 
 def _run_integer_tiles(p: Problem) -> jax.Array:
-    q = p.quantized_activation()
+    return _integer_tiles(p, p.quantized_activation())
+
+
+def _integer_tiles(p: Problem, q: QTensor) -> jax.Array:
     fmt = p.w.spec.number_format
     total = integer_tiled_dot(
         lax.bitcast_convert_type(q.codes, jnp.int8),
@@ -186,6 +213,19 @@ def _run_integer_tiles(p: Problem) -> jax.Array:
         decode=lambda codes: fmt.decode(codes, jnp.int8),
     )
     return total * q.scale_values()
+
+
+def _run_outliers(p: Problem) -> jax.Array:
+    if p.w.activation is None:
+        raise ValueError(f"{p.w!r} leaves its activations float")
+    part, columns = split_outliers(p.x, p.w, p.w.activation)
+    regular = (_whole_int8 if _prefers_tiles(p) is None else _integer_tiles)(p, part)
+    plain = dataclasses.replace(p.w, activation=None)
+
+    def whole(x: jax.Array) -> jax.Array:
+        return _run_tiles(Problem(x, plain, p.precision))
+
+    return regular + outlier_product(p.x, plain, columns[0], whole, p.precision)
 
 
 def _run_tiles(p: Problem) -> jax.Array:
@@ -210,6 +250,7 @@ _ANY = ("cpu", "gpu", "tpu")
 # In order of preference. The last takes everything.
 KERNELS: tuple[Kernel, ...] = (
     Kernel("xla.fused_dot", _ANY, _needs_few_rows, _run_fused, _run_tiles),
+    Kernel("xla.mixed_int8_dot", _ANY, _needs_outliers, _run_outliers, _run_tiles),
     Kernel("xla.int8_dot", _ANY, _needs_whole_int8, _run_whole_int8, _run_tiles),
     Kernel(
         "xla.integer_tiled_dot", _ANY, _needs_integers, _run_integer_tiles, _run_tiles

@@ -21,6 +21,8 @@ KINDS = {
     "fp8": (QuantSpec("fp8_e4m3", (128, 128)), None),
     "w8a8": (QuantSpec("int8"), TOKEN),
     "w4a8": (QuantSpec("int4", 64), TOKEN),
+    "w8a8 outliers": (QuantSpec("int8"), QuantSpec("int8", "token", outliers=6.0)),
+    "w4a8 outliers": (QuantSpec("int4", 64), QuantSpec("int8", "token", outliers=6.0)),
 }
 
 

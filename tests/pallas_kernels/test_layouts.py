@@ -38,6 +38,15 @@ def test_pack_lays_bits_as_documented_and_unpack_inverts(bits, axis, block, rng)
     np.testing.assert_array_equal(back, codes)
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_some_rows(bits, rng):
+    codes = rng.integers(0, 2**bits, (96, 5), dtype=np.uint8)
+    packed, _ = there_and_back(codes, bits, 0, 32)
+    rows = rng.integers(0, 96, 40)
+    got = layouts.unpack_rows(packed, bits, 32, jnp.asarray(rows))
+    np.testing.assert_array_equal(got, codes[rows])
+
+
 def test_the_documented_picture_of_four_bits():
     codes = np.arange(128, dtype=np.uint8) % 13
     packed = np.asarray(there_and_back(codes, 4, 0, 128)[0])

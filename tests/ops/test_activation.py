@@ -1,0 +1,161 @@
+"""The activation side of every kernel: static and dynamic, per token and per tensor."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxq import ops
+from jaxq.quantize import quantize
+from jaxq.scales import affine
+from jaxq.spec import QuantSpec
+from tests import oracle
+
+MATMUL = (((1,), (0,)), ((), ()))
+K, N = 64, 12
+ACTIVATIONS = [
+    QuantSpec("int8", "token"),
+    QuantSpec("int8", "tensor"),
+    QuantSpec("int8", "token", symmetric=False),
+    QuantSpec("uint8", "tensor", symmetric=False),
+    QuantSpec("fp8_e4m3", "token"),
+    QuantSpec("fp8_e5m2", "tensor"),
+]
+# the kernel that takes int8 activations of 20 rows, and the one that takes others
+WEIGHTS = {
+    "w8": (QuantSpec("int8"), "xla.integer_tiled_dot", "xla.tiled_dot"),
+    "w4": (QuantSpec("uint4", 16, False), "xla.integer_tiled_dot", "xla.tiled_dot"),
+    "fp8": (QuantSpec("fp8_e4m3"), "xla.tiled_dot", "xla.tiled_dot"),
+    "centered": (QuantSpec("int8", center=True),) + ("xla.dequantize_dot",) * 2,
+}
+FLOATS = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def quantized(w, spec):
+    return quantize(w, spec, 0)
+
+
+@functools.cache
+def stored(name):
+    w = np.random.default_rng(1).standard_normal((K, N)).astype(np.float32)
+    return quantized(w, WEIGHTS[name][0])
+
+
+@jax.jit
+def multiply(inputs, q):
+    return [ops.dot_general(x, q, MATMUL)[0] for x in inputs]
+
+
+def kernel_of(x, q):
+    found = []
+    jax.eval_shape(lambda x, q: found.append(ops.dot_general(x, q, MATMUL)[1]), x, q)
+    return found[0].kernel
+
+
+def read_back(x, spec, bounds=None):
+    """What a quantized activation stands for, in float64; clipped to ``bounds``."""
+    x = x.astype(np.float64)
+    axis = None if spec.block == "tensor" else 1
+    low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
+    if bounds is not None:
+        low, high = (np.full((1, 1), b) for b in bounds)
+    bits, signed = spec.bits, not spec.format.startswith("u")
+    if not spec.symmetric:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
+        first = -(2 ** (bits - 1)) if signed else 0
+        scale = (high - low) / (2**bits - 1)
+        zero = np.rint(first - low / scale)
+        code = np.clip(np.rint(x / scale) + zero, first, first + 2**bits - 1)
+        return (code - zero) * scale
+    largest = np.maximum(np.abs(low), np.abs(high))
+    if spec.format in FLOATS:
+        top = float(ml_dtypes.finfo(FLOATS[spec.format]).max)
+        scale = largest / top
+        inside = np.clip(x / scale, -top, top).astype(np.float32)
+        return inside.astype(FLOATS[spec.format]).astype(np.float64) * scale
+    top = 2 ** (bits - 1) - 1
+    scale = largest / top
+    return np.clip(np.rint(x / scale), -top, top) * scale
+
+
+def check(x, y, read, q, spec, scale=1.0):
+    """Equal up to float32, but for the few numbers that lie on a rounding boundary."""
+    w = oracle.dequantize(dataclasses.replace(q, input_scale=None))
+    step = 2.0**-2 if spec.format in FLOATS else 1.0
+    error = np.abs(np.asarray(y, np.float64) - read @ w)
+    size = np.abs(read) @ np.abs(w)
+    largest = np.abs(read).max() / (2 ** (spec.bits - 1) - 1) * np.abs(w).max()
+    allowed = 3e-6 * size + 1e-6
+    assert np.mean(error <= allowed) > 0.9
+    assert np.all(error <= allowed + 2 * step * largest * scale)
+
+
+def rows(rng):
+    """One row, few and many: asymmetric on purpose."""
+    return [(rng.standard_normal((n, K)) + 0.3).astype(np.float32) for n in (1, 20)]
+
+
+@pytest.mark.parametrize("spec", ACTIVATIONS, ids=QuantSpec.describe)
+@pytest.mark.parametrize("name", ["w8", "w4"])
+def test_dynamic(name, spec, rng):
+    q = dataclasses.replace(stored(name), activation=spec)
+    inputs = rows(rng)
+    takes_int8, others = WEIGHTS[name][1:]
+    integers = spec.format == "int8" and spec.symmetric
+    assert kernel_of(inputs[1], q) == (takes_int8 if integers else others)
+    for x, y in zip(inputs, multiply(inputs, q), strict=True):
+        check(x, y, read_back(x, spec), q, spec)
+
+
+@pytest.mark.parametrize("spec", ACTIVATIONS, ids=QuantSpec.describe)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_static_and_clipped(name, spec, rng):
+    """A calibrated range that cuts off the tails; on top an input scale."""
+    low, high = (-1.0, 1.5) if not spec.symmetric else (-1.5, 1.5)
+    bounds = jnp.full((1, 1), low, jnp.float32), jnp.full((1, 1), high, jnp.float32)
+    scale, zero = affine(*bounds, spec)
+    smooth = rng.uniform(0.5, 2, (K, 1)).astype(np.float32)
+    q = dataclasses.replace(
+        stored(name),
+        activation=spec,
+        activation_scale=scale,
+        activation_zero=None if zero is None else zero.astype(jnp.int32),
+        input_scale=jnp.asarray(smooth),
+    )
+    inputs = rows(rng)
+    assert (np.abs(inputs[1] * smooth[:, 0]) > high).any()
+    for x, y in zip(inputs, multiply(inputs, q), strict=True):
+        read = read_back(x * smooth[:, 0], spec, (low, high))
+        assert read.max() <= high * 1.001
+        check(x, y, read, q, spec)
+
+
+def test_a_stack_has_static_scales_of_its_own(rng):
+    spec = QuantSpec("int8", "tensor")
+    w = rng.standard_normal((3, K, N)).astype(np.float32)
+    q = jax.jit(lambda w: quantize(w, QuantSpec("int8"), 1, stacked=(0,)))(w)
+    limits = np.asarray([0.5, 1.0, 2.0], np.float32)
+    scale = jnp.asarray(limits.reshape(3, 1, 1) / np.float32(127))
+    q = dataclasses.replace(q, activation=spec, activation_scale=scale)
+    x = rng.standard_normal((3, 20, K)).astype(np.float32)
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    y = jax.jit(lambda x, q: ops.dot_general(x, q, numbers)[0])(x, q)
+    for i, limit in enumerate(limits):
+        one = jax.tree.map(lambda a, i=i: a[i], q)
+        check(x[i], y[i], read_back(x[i], spec, (-limit, limit)), one, spec)
+
+
+def test_a_zero_point_needs_an_asymmetric_activation():
+    q = dataclasses.replace(
+        stored("w8"),
+        activation=QuantSpec("int8", "tensor"),
+        activation_scale=jnp.ones((1, 1), jnp.float32),
+        activation_zero=jnp.zeros((1, 1), jnp.int8),
+    )
+    with pytest.raises(ValueError, match="activation_zero=None, or ask for symmetric"):
+        multiply([jnp.ones((20, K), jnp.float32)], q)
