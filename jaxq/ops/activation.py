@@ -1,6 +1,7 @@
 """The activation side of a product: quantize it as the weight asks."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,25 @@ def static_or_dynamic(
     if w.activation_scale is None:
         return quantize(x, spec, axis)
     return quantize(x, spec, axis, bounds=_static_bounds(w, spec, x.ndim))
+
+
+def with_static_scales(w: QTensor, fit: Callable[[jax.Array], jax.Array]) -> QTensor:
+    """Return ``w`` with its static scale and zero point as ``fit`` arranges them.
+
+    Where there are several, one for each part of a stack, tokens have them: the
+    activation is then quantized per token.
+    """
+    if w.activation is None or w.activation_scale is None:
+        return w
+    scale, activation = fit(w.activation_scale), w.activation
+    if scale.size > 1:
+        activation = dataclasses.replace(activation, block="token")
+    return dataclasses.replace(
+        w,
+        activation=activation,
+        activation_scale=scale,
+        activation_zero=None if w.activation_zero is None else fit(w.activation_zero),
+    )
 
 
 def _static_bounds(w: QTensor, spec: QuantSpec, rank: int) -> Bounds:

@@ -9,7 +9,12 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq import views
-from jaxq.ops.activation import picked_input, scaled_input
+from jaxq.ops.activation import (
+    picked_input,
+    quantized_input,
+    scaled_input,
+    with_static_scales,
+)
 from jaxq.ops.dispatch import Choice, Problem, multiply
 from jaxq.qtensor import QTensor
 
@@ -55,7 +60,7 @@ def dot_general(
         y, choice = _as_matrices(x, w, x_dims, w_dims, precision)
     except views.ViewError as reason:
         choice = Choice("dequantize", (("view", str(reason)),))
-        float_w = w.dequantize()
+        x, float_w = _float_operands(x, w, x_dims, w_dims)
         pair = (float_w, x) if on_left else (x, float_w)
         y = lax.dot_general(*pair, dimension_numbers, precision, preferred_element_type)
         return y.astype(dtype), choice
@@ -103,6 +108,40 @@ def _as_matrices(
 
     y = lax.map(one, (flat, stack))
     return y.reshape(*batch, *rows, *columns), choices[0]
+
+
+def _float_operands(
+    x: jax.Array, w: QTensor, x_dims: tuple[Axes, Axes], w_dims: tuple[Axes, Axes]
+) -> tuple[jax.Array, jax.Array]:
+    """Return the activation, quantized and read back if asked for, and a float weight.
+
+    What the weight asks of the activation's channels is done to them first, so that
+    what is quantized is what a kernel would quantize.
+    """
+    if w.activation is None:
+        return x, w.dequantize()
+    places = dict(zip(w_dims[0] + w_dims[1], x_dims[0] + x_dims[1], strict=True))
+
+    def fit(a: jax.Array) -> jax.Array:
+        """Return ``a``, which has the axes of the weight, with those of ``x``."""
+        order = sorted(places, key=lambda axis: places[axis])
+        lengths = {places[axis]: a.shape[axis] for axis in order}
+        free = [axis for axis in range(w.ndim) if axis not in places]
+        shape = [lengths.get(axis, 1) for axis in range(x.ndim)]
+        return jnp.transpose(a, (*order, *free)).reshape(shape)
+
+    def fits(a: jax.Array) -> bool:
+        """Whether ``a`` is the same along the weight's free axes."""
+        return all(n == 1 or axis in places for axis, n in enumerate(a.shape))
+
+    if w.input_index is not None and fits(w.input_index):
+        index = fit(w.input_index)
+        x = jnp.take_along_axis(x, index, axis=places[w.axis % w.ndim])
+        w = dataclasses.replace(w, input_index=None, rows=None)
+    if w.input_scale is not None and fits(w.input_scale):
+        x = (x.astype(jnp.float32) * fit(w.input_scale)).astype(x.dtype)
+        w = dataclasses.replace(w, input_scale=None)
+    return quantized_input(x, with_static_scales(w, fit), x_dims[0]), w.dequantize()
 
 
 def _arrange(w: QTensor, permutation: Axes, shape: Axes) -> QTensor:

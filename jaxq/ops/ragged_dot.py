@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxq.ops.activation import quantized_input
+from jaxq.ops.activation import quantized_input, with_static_scales
 from jaxq.ops.dispatch import Choice
 from jaxq.qtensor import QTensor
 from jaxq.views import ViewError
@@ -89,12 +89,4 @@ def _expert_input(
     if w.input_scale is not None:
         x = (x.astype(jnp.float32) * of_owner(w.input_scale)).astype(x.dtype)
     w = dataclasses.replace(w, input_index=None, rows=None, input_scale=None)
-    if w.activation is None or w.activation_scale is None:
-        return x, w
-    zero = None if w.activation_zero is None else of_owner(w.activation_zero)
-    scale, activation = of_owner(w.activation_scale), w.activation
-    if scale.shape[0] > 1:
-        activation = dataclasses.replace(activation, block="token")
-    return x, dataclasses.replace(
-        w, activation=activation, activation_scale=scale, activation_zero=zero
-    )
+    return x, with_static_scales(w, of_owner)

@@ -13,6 +13,7 @@ from jaxq import ops
 from jaxq.quantize import quantize
 from jaxq.scales import affine
 from jaxq.spec import QuantSpec
+from jaxq.views import with_input_index
 from tests import oracle
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -159,3 +160,59 @@ def test_a_zero_point_needs_an_asymmetric_activation():
     )
     with pytest.raises(ValueError, match="activation_zero=None, or ask for symmetric"):
         multiply([jnp.ones((20, K), jnp.float32)], q)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_where_no_view_helps_the_activation_is_quantized_all_the_same(static, rng):
+    """Packed along an axis that is not contracted here: dequantized, not forgotten."""
+    w = rng.standard_normal((3, K, N)).astype(np.float32)
+    q = jax.jit(lambda w: quantize(w, QuantSpec("int8", 4), 2, stacked=(0,)))(w)
+    smooth = rng.uniform(0.2, 5, (3, K, 1)).astype(np.float32)
+    limits = np.asarray([0.5, 1.0, 2.0], np.float32).reshape(3, 1, 1)
+    spec = QuantSpec("int8", "tensor" if static else "token")
+    q = dataclasses.replace(
+        q,
+        activation=spec,
+        activation_scale=jnp.asarray(limits / np.float32(127)) if static else None,
+        input_scale=jnp.asarray(smooth),
+    )
+    x = rng.standard_normal((K, 3, 20)).astype(np.float32)
+    numbers = (((0,), (1,)), ((1,), (0,)))
+    y, choice = ops.dot_general(x, q, numbers)
+    assert choice.kernel == "dequantize"
+    for i, limit in enumerate(limits.ravel()):
+        one = jax.tree.map(lambda a, i=i: a[i], q)
+        met = x[:, i].T * smooth[i, :, 0]
+        read = read_back(met, spec, (-limit, limit) if static else None)
+        check(met, y[i], read, one, spec)
+
+
+def test_there_the_picked_axis_may_be_free(rng):
+    w = rng.standard_normal((K, N)).astype(np.float32)
+    q = with_input_index(quantized(w, QuantSpec("int8")), rng.permutation(K) // 2, 32)
+    spec = QuantSpec("int8", "token")
+    q = dataclasses.replace(q, activation=spec)
+    x = rng.standard_normal((20, N)).astype(np.float32)
+    y, choice = ops.dot_general(x, q, (((1,), (1,)), ((), ())))
+    assert choice.kernel == "dequantize"
+    want = read_back(x, spec) @ oracle.dequantize(q).T
+    np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-2)
+
+
+def test_there_too_channels_are_picked_before_the_rounding(rng):
+    """Two contracted axes around a free one, one of them picked and scaled."""
+    w = rng.standard_normal((2, 32, N)).astype(np.float32)
+    q = jax.jit(lambda w: quantize(w, QuantSpec("int8"), 1, stacked=(0,)))(w)
+    index = rng.permutation(32) // 2
+    smooth = rng.uniform(0.2, 5, (1, 32, 1)).astype(np.float32)
+    spec = QuantSpec("int8", "token")
+    q = dataclasses.replace(
+        with_input_index(q, index, 16), activation=spec, input_scale=jnp.asarray(smooth)
+    )
+    x = rng.standard_normal((20, 2, 16)).astype(np.float32)
+    y, choice = ops.dot_general(x, q, (((1, 2), (0, 1)), ((), ())))
+    assert choice.kernel == "dequantize"
+    met = (x[:, :, index] * smooth[:, :, 0]).reshape(20, 64)
+    plain = dataclasses.replace(q, input_index=None, rows=None, input_scale=None)
+    want = read_back(met, spec) @ oracle.dequantize(plain).reshape(64, N)
+    np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-2)

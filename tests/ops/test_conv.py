@@ -73,3 +73,20 @@ def test_the_activation_is_quantized_too(static, operands):
     want = numpy_conv(read, np.asarray(q.dequantize()))
     np.testing.assert_allclose(y, want, rtol=1e-4, atol=1e-4)
     assert "activation quantized" in choice.declined[0][1]
+
+
+def test_an_input_scale_comes_before_the_rounding(operands, rng):
+    x, kernel = operands
+    x[..., 3] *= 50
+    scale = np.ones((1, 1, 16, 1), np.float32)
+    scale[..., 3, :] = 1 / 50
+    q = jax.jit(lambda k: quantize(k, QuantSpec("int8"), (0, 1, 2)))(kernel)
+    q = dataclasses.replace(
+        q, activation=QuantSpec("int8", "token"), input_scale=jnp.asarray(scale)
+    )
+    y, _ = ops.conv_general_dilated(jnp.asarray(x), q, **parameters(x, kernel))
+    smooth = x * scale[0, 0, :, 0]
+    step = np.abs(smooth).max((1, 2, 3), keepdims=True) / np.float32(127)
+    plain = np.asarray(dataclasses.replace(q, input_scale=None).dequantize())
+    want = numpy_conv(np.rint(smooth / step) * step, plain)
+    np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-3)
