@@ -44,35 +44,39 @@ def run_blocks(
     Returns:
         The evidence of the blocks that this run solved.
     """
-    program = batches[0].program
-    here = _start(batches, store, journal)
+    blocks = batches[0].program.blocks
+    first, here = _start(batches, store, journal)
     evidence: list[Evidence] = []
-    blocks = program.blocks
-    for number in range(journal.finished, len(blocks)):
-        name, groups = blocks[number]
+    for name, groups in blocks[first:]:
         outcomes, here = _run_block(groups, here, store, progress)
+        if not outcomes:  # a block that no rule solves from data
+            continue
         mine = [outcome.evidence for outcome in outcomes.values()]
         journal.commit(name, dict(store.complete()), _state(here), mine)
         evidence += mine
     return evidence
 
 
-def _start(batches: Sequence[Batch], store: Store, journal: Journal) -> Place:
-    """Return the streams at the first block that is not finished."""
+def _start(
+    batches: Sequence[Batch], store: Store, journal: Journal
+) -> tuple[int, Place]:
+    """Return the number of the first block to run, and the streams at it."""
     stream = Stream(tuple(batches), {})
     floats = stream if store.needs_floats else None
-    done = journal.finished
-    if not done:
-        return _advance(Place(stream, floats), store)
-    stage = 1 + sum(len(groups) for _, groups in stream.program.blocks[:done])
+    if not journal.finished:
+        return 0, _advance(Place(stream, floats), store)
+    blocks = stream.program.blocks
+    solved = [i for i, (_, groups) in enumerate(blocks) if store.solves_any(groups)]
+    first = solved[journal.finished - 1] + 1
+    stage = 1 + sum(len(groups) for _, groups in blocks[:first])
     if stage > len(stream.program.groups):
-        return Place(stream, floats)
+        return first, Place(stream, floats)
     state = journal.state()
     mine = {k[2:]: v for k, v in state.items() if k.startswith("q/")}
     theirs = {k[2:]: v for k, v in state.items() if k.startswith("f/")}
     if floats is not None:
         floats = floats.restore(stage, theirs)
-    return Place(stream.restore(stage, mine), floats)
+    return first, Place(stream.restore(stage, mine), floats)
 
 
 def _state(here: Place) -> dict[str, Any]:

@@ -68,6 +68,11 @@ class Store:
             )
         return values
 
+    def solves_any(self, groups: Sequence[Group]) -> bool:
+        """Whether any weight of these groups is solved from data."""
+        keys = (key for group in groups for key in group.keys)
+        return any(key.path in self.rows and self._is_mine(key) for key in keys)
+
     def tasks(self, group: Group) -> dict[Key, Task]:
         """Return the weights of a group that are solved from data."""
         out = {}

@@ -83,7 +83,9 @@ def branch(params, x):
 
 def random_params(**shapes):
     rng = np.random.default_rng(0)
-    return {k: jnp.asarray(0.3 * rng.normal(size=s), "float32") for k, s in shapes.items()}
+    return {
+        k: jnp.asarray(0.3 * rng.normal(size=s), "float32") for k, s in shapes.items()
+    }
 
 
 X = jnp.asarray(np.random.default_rng(1).normal(size=(5, WIDTH)), jnp.float32)
@@ -166,7 +168,9 @@ def test_what_is_in_several_places_or_out_of_reach_is_named():
     assert cut.skipped["table"] == "it is looked up, not multiplied with"
     fn, params, batch = CASES["branch"]
     cut = program(fn, params, *batch)
-    assert cut.skipped == dict.fromkeys("ab", "its product is inside a loop or a branch")
+    assert cut.skipped == dict.fromkeys(
+        "ab", "its product is inside a loop or a branch"
+    )
 
 
 def test_only_live_values_are_kept():

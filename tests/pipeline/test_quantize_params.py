@@ -310,7 +310,9 @@ def test_nan_and_infinity_are_all_named_before_any_work(weight, x):
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_nan_activations_give_no_static_scale(value, weight, x):
-    with pytest.raises(ValueError, match="the activation that 'w' meets holds NaN or Inf"):
+    with pytest.raises(
+        ValueError, match="the activation that 'w' meets holds NaN or Inf"
+    ):
         quantize_params({"w": weight}, STATIC, product, [(x.at[0, 0].set(value),)])
 
 
