@@ -57,7 +57,13 @@ def see(observer, *arrays):
     step = jax.jit(observer.update)
     for x in arrays:
         state = step(state, jnp.asarray(x))
-    return state
+    return jax.device_get(state)
+
+
+def find(observer, state, spec):
+    """The range, low and high, as numbers."""
+    low, high = jax.jit(observer.bounds, static_argnums=1)(state, spec)
+    return float(low), float(high)
 
 
 def batch(seed, scale=1.0):

@@ -9,7 +9,7 @@ import pytest
 from jaxq.observers import aciq
 from jaxq.observers.aciq import GAUSSIAN_CLIP, LAPLACE_CLIP
 from jaxq.spec import QuantSpec
-from tests.observers.small import see
+from tests.observers.small import find, see
 
 # α/σ and α/B for 1 … 8 bits as the authors' code has them, minimized on a coarse grid.
 PUBLISHED = {
@@ -56,7 +56,7 @@ def test_the_clip_is_that_of_the_distribution(bits, family, rng):
     x = draw(scale=3.0, size=(2000, 50)).astype(np.float32)
     state = see(aciq(), *x.reshape(4, 500, 50))
     assert bool(state.is_laplace) == (family == "laplace")
-    low, high = aciq().bounds(state, QuantSpec(f"int{bits}", "tensor"))
+    low, high = find(aciq(), state, QuantSpec(f"int{bits}", "tensor"))
     clip = 3 * PUBLISHED[family][bits - 1]
     # 1e5 samples: σ to 0.3 %, B to 0.3 %
     expected = max(-clip, x.min()), min(clip, x.max())
@@ -72,9 +72,9 @@ def test_half_a_distribution_has_one_bit_more(rng):
         (QuantSpec("uint4", "tensor", symmetric=False), 2.936),
         (QuantSpec("int4", "tensor"), 2.559),  # half of the codes are below zero
     ):
-        low, high = aciq().bounds(state, spec)
+        low, high = find(aciq(), state, spec)
         assert low == 0
-        assert float(high) == pytest.approx(clip, rel=0.015)
+        assert high == pytest.approx(clip, rel=0.015)
 
 
 def test_moments_are_numpys(rng):
@@ -88,7 +88,7 @@ def test_moments_are_numpys(rng):
 
 
 def test_zeros_alone_have_an_empty_range():
-    low, high = aciq().bounds(see(aciq(), jnp.zeros((2, 2))), QuantSpec("int4"))
+    low, high = find(aciq(), see(aciq(), jnp.zeros((2, 2))), QuantSpec("int4"))
     assert (low, high) == (0, 0)
 
 

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxq.observers import absmax, channel_absmax, minmax, moving_average
 from jaxq.spec import QuantSpec
-from tests.observers.small import see
+from tests.observers.small import find, see
 
 INT8 = QuantSpec("int8", "tensor")
 
@@ -50,8 +50,8 @@ def test_only_rows_of_the_mask_count(x, mask):
 def test_the_largest_magnitude_may_be_negative():
     x = jnp.asarray([[-3.0, 1.0]])
     assert see(minmax(), x).absmax == see(absmax(), x).largest == 3.0
-    assert minmax().bounds(see(minmax(), x), INT8) == (-3.0, 1.0)
-    assert absmax().bounds(see(absmax(), x), INT8) == (-3.0, 3.0)
+    assert find(minmax(), see(minmax(), x), INT8) == (-3.0, 1.0)
+    assert find(absmax(), see(absmax(), x), INT8) == (-3.0, 3.0)
 
 
 def test_infinity_and_nan_are_not_hidden():
