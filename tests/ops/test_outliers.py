@@ -128,6 +128,15 @@ def test_outlier_columns_meet_floats_and_the_others_integers(spec, outliers, rng
         assert np.all(error <= 2e-6 * size)
 
 
+@pytest.mark.parametrize("outliers", [32, 33, 64, 65])
+def test_up_to_an_eighth_of_the_columns_are_gathered(outliers, rng):
+    q = weight(rng, QuantSpec("int8"), shape=(512, N))
+    x = rng.standard_normal((20, 512)).clip(-5, 5).astype(np.float32)
+    x[3, rng.choice(512, outliers, replace=False)] = 20
+    want, size = mixed(x, q)
+    assert np.all(np.abs(np.asarray(multiply(x, q)) - want) <= 2e-6 * size)
+
+
 def test_every_column_may_hold_an_outlier(rng):
     q = weight(rng, QuantSpec("int8"))
     x = activation(rng, 20, K)
