@@ -17,9 +17,9 @@ def normalized(s):
 
 
 def candidates(case, **options):
-    return np.asarray(
-        awq(case.arrays, *case.statistics(TRANSFORMS["awq"]), 16, **options)
-    )
+    seen = case.statistics(TRANSFORMS["awq"])
+    run = jax.jit(lambda weights, *seen: awq(weights, *seen, 16, **options))
+    return np.asarray(run(case.arrays, *seen))
 
 
 def test_the_equation(rng):
