@@ -5,6 +5,7 @@ import os
 import numpy as np
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
+from gptqmodel.quantization import FORMAT
 
 from benchmarks.rivals.protocol import Clock, linear_names, options, write_run
 
@@ -21,6 +22,8 @@ def main() -> None:
         bits=run.bits,
         group_size=run.group,
         sym=False,
+        # The first version of the format stores zero points less one, and packed so.
+        format=FORMAT.GPTQ_V2,
         mse=2.4 if run.variant == "mse" else 0.0,
         device="cpu",
         offload_to_disk=False,

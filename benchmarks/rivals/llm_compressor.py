@@ -41,9 +41,16 @@ def modifiers(variant: str, bits: int, group: int) -> list[object]:
     return [AWQModifier(), rounding] if variant == "awq" else [rounding]
 
 
+def without_pinning() -> None:
+    """Let AWQ run without an accelerator: it pins memory unasked, which then fails."""
+    if not torch.accelerator.is_available():
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
+
+
 def main() -> None:
     """Quantize, and write the dequantized weights."""
     run = options("llm-compressor", *METHODS).parse_args()
+    without_pinning()
     model = AutoModelForCausalLM.from_pretrained(run.model, dtype=torch.float32)
     tokens = torch.from_numpy(np.load(run.tokens)).long()
     rows = [

@@ -1,5 +1,7 @@
 """jaxq itself: rounding to nearest as the reference, and its presets."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -13,14 +15,21 @@ METHODS = ("mse", "gptq", "awq", "autoround")
 
 
 def recipe(variant: str, bits: int, group: int) -> Recipe:
-    """Return a recipe that leaves embedding and head float."""
+    """Return a preset, with embedding and head left float."""
     kept = Rule("*", ops=("gather",)), Rule("*lm_head*", required=False)
     method, _, scale = variant.partition("-")
+    spec = QuantSpec(f"uint{bits}", group, symmetric=False, scale=scale or "bfloat16")
     if method == "rtn":
-        spec = QuantSpec(f"uint{bits}", group, symmetric=False, scale=scale)
         return Recipe(variant, (*kept, Rule("*", spec)))
-    preset = PRESETS[f"w{bits}a16" if method == "mse" else f"w{bits}a16-{method}"]
-    return Recipe(variant, (*kept, preset.rules[-1])).with_group_size(group)
+    suffix = "" if method == "mse" else f"-{method}"
+    names = f"w{bits}a16{suffix}", f"w4a16{suffix}"
+    preset = next(PRESETS[name] for name in names if name in PRESETS)
+    grouped = [
+        dataclasses.replace(rule, weight=spec)
+        for rule in preset.rules
+        if rule.weight is not None and isinstance(rule.weight.block, int)
+    ]
+    return Recipe(variant, (*kept, *grouped))
 
 
 def main() -> None:
