@@ -73,7 +73,7 @@ class Settings:
     lr: float | None = None
     range_lr: float | None = None
     batch: int = 8
-    momentum: float = 0.0
+    momentum: float = 0.9
     checks: int = 10
     ranges: bool = True
 
@@ -152,7 +152,7 @@ def tune(
         >>> from jaxq.quantize import quantize
         >>> from jaxq.spec import QuantSpec
         >>> w = jnp.sin(jnp.arange(64.0)).reshape(16, 4)
-        >>> x = jnp.cos(jnp.outer(jnp.arange(32.0), jnp.arange(16.0)))[None]
+        >>> x = jnp.cos(jnp.outer(jnp.arange(8.0), jnp.arange(16.0)))[None]
         >>> problem = Problem(w, quantize(w, QuantSpec("int3", block=16)))
         >>> run = lambda weights, x: x @ weights["w"]
         >>> tuned = tune(run, {"w": problem}, Samples(x, x @ w), key=jax.random.key(0))
