@@ -58,12 +58,11 @@ def anchored(weight: jax.Array, start: QTensor) -> jax.Array:
         weight: float32, the shape of ``start``.
         start: codes, scales and zeros.
     """
-    variables = neutral(start)
-    scale, zero = _grid(start, variables)
-    here = _level(_position(weight, scale, zero, variables.rounding, start), start.spec)
+    at = neutral(start)
+    grid = _Grid.of(start, at).spread(start)
+    here = _level(_position(weight, grid, at.rounding, start.spec), start.spec)
     codes = start.code_values()
-    values = (codes if zero is None else codes - zero) * scale
-    return jnp.where(here == codes, weight, values)
+    return jnp.where(here == codes, weight, grid.values(codes))
 
 
 def relaxed(anchor: jax.Array, start: QTensor, variables: Variables) -> jax.Array:
@@ -78,13 +77,13 @@ def relaxed(anchor: jax.Array, start: QTensor, variables: Variables) -> jax.Arra
         variables: the point.
     """
     spec = start.spec
-    scale, zero = _grid(start, variables)
-    at = _position(anchor, scale, zero, variables.rounding, start)
+    grid = _Grid.of(start, variables).spread(start)
+    at = _position(anchor, grid, variables.rounding, spec)
     lowest, highest = spec.code_range
-    reach = 0.5 * _gap(at, spec)
+    reach = jnp.float32(0.5) * _gap(at, spec)
     inside = (at >= lowest - reach) & (at <= highest + reach)
     level = _straight(_level(at, spec), jnp.where(inside, at, lax.stop_gradient(at)))
-    values = (level if zero is None else level - zero) * scale
+    values = grid.values(level)
     if start.offset is not None:
         values = rounded(values) + start.offset
     return values if start.input_scale is None else values * start.input_scale
@@ -92,62 +91,62 @@ def relaxed(anchor: jax.Array, start: QTensor, variables: Variables) -> jax.Arra
 
 def settled(anchor: jax.Array, start: QTensor, variables: Variables) -> QTensor:
     """Return the quantized weight at ``variables``: ``start`` with other numbers."""
-    spec, axis = start.spec, start.axis % start.ndim
-    scale, zero = _block_grid(start, variables)
-    spread_scale, spread_zero = _spread(scale, start), _spread(zero, start)
-    at = _position(anchor, spread_scale, spread_zero, variables.rounding, start)
+    spec = start.spec
+    grid = _Grid.of(start, variables)
+    at = _position(anchor, grid.spread(start), variables.rounding, spec)
     codes = spec.number_format.encode(jnp.clip(at, *spec.code_range))
     scales = start.scales
-    if variables.high is not None:
-        scales = store_scale(scale, spec.scale)
-    where = Blocking(start.blocks, (axis,))
-    q = assemble(codes, scales, zero, spec, where, dtype=start.dtype)
+    if variables.high is not None and isinstance(spec.scale, str):
+        scales = store_scale(grid.scale, spec.scale)
+    where = Blocking(start.blocks, (start.axis % start.ndim,))
+    q = assemble(codes, scales, grid.zero, spec, where, dtype=start.dtype)
     return dataclasses.replace(start, codes=q.codes, scales=q.scales, zeros=q.zeros)
 
 
-def _block_grid(
-    start: QTensor, variables: Variables
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return scale and zero of every block, rounded to what is stored."""
-    spec, scale = start.spec, start.scale_values()
-    zero = None if start.zeros is None else start.zeros.astype(jnp.float32)
-    if variables.high is None:
-        return scale, zero
-    if zero is None:
-        ideal = scale * variables.high
-        return _straight(round_scale(ideal, spec), ideal), None
-    lowest, highest = spec.code_range
-    below = rounded(variables.low * (zero - lowest))
-    above = rounded(variables.high * (highest - zero))
-    stretch = divide(below + above, highest - lowest)
-    ideal = scale * stretch
-    zero = lowest + divide(below, stretch)
-    nearest = jnp.clip(jnp.round(zero), lowest, highest)
-    return _straight(round_scale(ideal, spec), ideal), _straight(nearest, zero)
+class _Grid(NamedTuple):
+    """Scales and zeros as they are stored, float32: one per block, or per element."""
 
+    scale: jax.Array
+    zero: jax.Array | None
 
-def _grid(start: QTensor, variables: Variables) -> tuple[jax.Array, jax.Array | None]:
-    """Return scale and zero of every element."""
-    scale, zero = _block_grid(start, variables)
-    return _spread(scale, start), _spread(zero, start)
+    @classmethod
+    def of(cls, start: QTensor, variables: Variables) -> "_Grid":
+        """Return those of every block; rounding passes gradients."""
+        spec, scale, high = start.spec, start.scale_values(), variables.high
+        zero = None if start.zeros is None else start.zeros.astype(jnp.float32)
+        if high is None:
+            return cls(scale, zero)
+        if zero is None or variables.low is None:
+            ideal = scale * high
+            return cls(_straight(round_scale(ideal, spec), ideal), zero)
+        lowest, highest = spec.code_range
+        below = rounded(variables.low * (zero - lowest))
+        above = rounded(high * (highest - zero))
+        stretch = divide(below + above, highest - lowest)
+        ideal = scale * stretch
+        zero = lowest + divide(below, stretch)
+        nearest = jnp.clip(jnp.round(zero), lowest, highest)
+        return cls(_straight(round_scale(ideal, spec), ideal), _straight(nearest, zero))
 
+    def spread(self, start: QTensor) -> "_Grid":
+        """Return those of every element."""
+        scale = spread(self.scale, start.blocks, start.shape)
+        if self.zero is None:
+            return _Grid(scale, None)
+        return _Grid(scale, spread(self.zero, start.blocks, start.shape))
 
-def _spread(values: jax.Array | None, start: QTensor) -> jax.Array | None:
-    """Return one value per element of one per block."""
-    return None if values is None else spread(values, start.blocks, start.shape)
+    def values(self, codes: jax.Array) -> jax.Array:
+        """Return what codes stand for."""
+        return (codes if self.zero is None else codes - self.zero) * self.scale
 
 
 def _position(
-    weight: jax.Array,
-    scale: jax.Array,
-    zero: jax.Array | None,
-    rounding: jax.Array,
-    start: QTensor,
+    weight: jax.Array, grid: _Grid, rounding: jax.Array, spec: QuantSpec
 ) -> jax.Array:
     """Return where elements lie in code units, not clipped; with zeros, rounded."""
-    at = divide(weight, jnp.where(scale == 0, jnp.float32(1), scale))
-    at = at + rounded(rounding * _gap(at, start.spec))
-    return at if zero is None else _straight(jnp.round(at), at) + zero
+    at = divide(weight, jnp.where(grid.scale == 0, jnp.float32(1), grid.scale))
+    at = at + rounded(rounding * _gap(at, spec))
+    return at if grid.zero is None else _straight(jnp.round(at), at) + grid.zero
 
 
 def _level(at: jax.Array, spec: QuantSpec) -> jax.Array:
@@ -156,7 +155,7 @@ def _level(at: jax.Array, spec: QuantSpec) -> jax.Array:
     return fmt.decode(fmt.encode(jnp.clip(at, *spec.code_range)))
 
 
-def _gap(at: jax.Array, spec: QuantSpec) -> jax.Array | float:
+def _gap(at: jax.Array, spec: QuantSpec) -> jax.Array:
     """Return the distance between the two numbers of the format around ``at``."""
     fmt = spec.number_format
     if fmt.is_integer:
