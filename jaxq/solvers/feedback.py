@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,9 @@ from jax import lax
 
 from jaxq.scales import divide, to_code_units
 from jaxq.spec import QuantSpec
+
+# Rows whose errors are spread by vectors, not by products of matrices.
+LEAST_SPAN = 32
 
 
 class Grid(NamedTuple):
@@ -22,44 +25,57 @@ class Grid(NamedTuple):
         """Return the scales and zero points of one row group, ``[N]``."""
         return jax.tree.map(lambda x: _row(x, group), self)
 
+    def with_row(self, group: jax.Array, row: "Grid") -> "Grid":
+        """Return the grid with those of one row group replaced."""
+        write = lambda x, r: lax.dynamic_update_index_in_dim(x, r, group, 0)
+        return jax.tree.map(write, self, row)
+
 
 class Rounded(NamedTuple):
     """How far the rounding of a matrix has come.
 
     Attributes:
+        error: ``float32[K', N]``, ``w − q``; ``w`` itself where nothing is rounded yet.
         codes: ``uint8[K', N]``.
-        error: ``float32[K', N]``, ``w − q``; zero where nothing is rounded yet.
-        target: ``float32[K', N]``, what was rounded to the codes.
+        target: ``float32[K', N]``, what was rounded to the codes; None: not kept.
         grid: scales and zero points.
-        loss: ``float32[N]``, the sum of ``(target − q)² M_kk²`` over rows.
     """
 
-    codes: jax.Array
     error: jax.Array
-    target: jax.Array
+    codes: jax.Array
+    target: jax.Array | None
     grid: Grid
-    loss: jax.Array
+
+    def map_rows(self, change: Callable[..., jax.Array], *others: "Rounded") -> Self:
+        """Return the state with ``change`` applied to every array of rows."""
+        pick = lambda s: (s.error, s.codes, s.target)
+        rows = jax.tree.map(change, pick(self), *map(pick, others))
+        return self._replace(error=rows[0], codes=rows[1], target=rows[2])
 
 
 class Problem(NamedTuple):
-    """What is rounded, and by which matrices errors are fed back.
+    """By which matrices errors are fed back.
 
     Attributes:
-        weight: ``float32[K', N]``.
-        groups: ``int32[K']``, the row group of every row.
         matrix: ``float32[K', K']``, ``M``.
+        ridge: ``float32[K']``, to be added to the diagonal of ``M``, or None.
+        groups: ``int32[K']``, the row group of every row.
         drift: ``float32[K', K']``, strictly lower triangular, or None: by it targets
             (not errors) of earlier rows are fed back, over ``M_kk`` likewise (GPTAQ).
     """
 
-    weight: jax.Array
-    groups: jax.Array
     matrix: jax.Array
+    groups: jax.Array
+    ridge: jax.Array | None = None
     drift: jax.Array | None = None
 
+    def square(self) -> jax.Array:
+        """Return ``M`` with the ridge on its diagonal."""
+        return self.matrix if self.ridge is None else self.matrix + jnp.diag(self.ridge)
 
-# (a row group's updated rows [G, N], the group, the grid so far) -> the grid
-Fit = Callable[[jax.Array, jax.Array, Grid], Grid]
+
+# (a row group's part of the problem, its state, what other rows feed back) -> its state
+Begin = Callable[[Problem, Rounded, jax.Array], Rounded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,45 +89,44 @@ class Sweep:
     (Chee et al. 2023, QuIP, theorem 6: GPTQ is LDLQ). With ``M = H`` it is coordinate
     descent on ``tr(ΔᵀHΔ)`` (Behdin et al. 2023, QuantEase).
 
-    Rows are taken in blocks, and blocks in units, for speed alone: errors of rows
-    outside are fed back by products of matrices.
+    Rows are taken in spans inside spans, for speed alone: what a span gets from rows
+    outside is a product of matrices.
 
     Attributes:
         spec: format of the codes.
-        block: rows per block; divides the number of rows.
-        unit: rows per unit; divides the block. A row group when there is a ``fit``.
-        triangular: whether ``M`` is lower triangular: blocks to come are not read.
-        fit: chooses scales when a row group begins; None: they are given.
+        spans: rows per span, each a multiple of the next; the first divides ``K'``.
+        first: whether ``M`` is lower triangular and no row is rounded yet.
+        group: rows per row group, one of ``spans``; used with ``begin``.
+        begin: called with every row group before its rows are rounded, or None.
     """
 
     spec: QuantSpec
-    block: int
-    unit: int
-    triangular: bool = True
-    fit: Fit | None = None
+    spans: tuple[int, ...]
+    first: bool = True
+    group: int = 0
+    begin: Begin | None = None
 
     def __call__(self, problem: Problem, state: Rounded) -> Rounded:
         """Return the state after one pass over all rows."""
-        count = problem.weight.shape[0] // self.block
+        size = self.spans[0]
+        count = state.error.shape[0] // size
 
         def step(b: jax.Array, state: Rounded) -> Rounded:
-            fed = self._other_blocks(problem.matrix, state.error, b)
+            fed = self._other_spans(problem.matrix, state.error, b)
             if problem.drift is not None:
-                fed = fed + self._other_blocks(problem.drift, state.target, b)
-            start = b * self.block
-            done = self._block(
-                _cut_problem(problem, start, self.block),
-                _cut(state, start, self.block),
-                fed,
-            )
-            return _paste(state, done, start)
+                assert state.target is not None
+                fed = fed + self._other_spans(problem.drift, state.target, b)
+            start = b * size
+            part = _cut(state, start, size)
+            part = self._span(_cut_problem(problem, start, size), part, fed, self.spans)
+            return _paste(state, part, start)
 
         return lax.fori_loop(0, count, step, state)
 
-    def _other_blocks(self, matrix: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
-        """Return the product of a block of rows with ``x``, its own rows left out."""
-        size = self.block
-        count = b if self.triangular else matrix.shape[0] // size - 1
+    def _other_spans(self, matrix: jax.Array, x: jax.Array, b: jax.Array) -> jax.Array:
+        """Return the product of a span's rows with ``x``, its own rows left out."""
+        size = self.spans[0]
+        count = b if self.first else matrix.shape[0] // size - 1
 
         def add(i: jax.Array, total: jax.Array) -> jax.Array:
             other = i + (i >= b).astype(i.dtype)
@@ -120,78 +135,108 @@ class Sweep:
 
         return lax.fori_loop(0, count, add, jnp.zeros((size, x.shape[1]), jnp.float32))
 
-    def _block(self, problem: Problem, state: Rounded, fed: jax.Array) -> Rounded:
-        """Round one block; ``fed`` is what other blocks feed back, ``[B, N]``."""
-        size = self.unit
-        columns = jnp.arange(self.block) // size
+    def _span(
+        self, problem: Problem, state: Rounded, fed: jax.Array, spans: tuple[int, ...]
+    ) -> Rounded:
+        """Round one span of ``spans[0]`` rows; ``fed`` is what other rows feed back."""
+        if self.begin is not None and spans[0] == self.group:
+            state = self.begin(problem, state, fed)
+        if len(spans) == 1:
+            return self._one_by_one(problem, state, fed)
+        size = spans[1]
+        columns = jnp.arange(spans[0]) // size
 
         def step(u: jax.Array, state: Rounded) -> Rounded:
             start = u * size
             outside = (columns != u).astype(jnp.float32)
             here = _rows(fed, start, size)
-            here = here + _dot(
-                _rows(problem.matrix, start, size) * outside, state.error
-            )
+            here += _dot(_rows(problem.matrix, start, size) * outside, state.error)
             if problem.drift is not None:
-                tile = _rows(problem.drift, start, size) * outside
-                here = here + _dot(tile, state.target)
+                here += _targets(_rows(problem.drift, start, size) * outside, state)
             inside = _cut_problem(problem, start, size)
-            done = self._unit(inside, _cut(state, start, size), here)
-            return _paste(state, done, start)
+            part = self._span(inside, _cut(state, start, size), here, spans[1:])
+            return _paste(state, part, start)
 
-        return lax.fori_loop(0, self.block // size, step, state)
+        return lax.fori_loop(0, spans[0] // size, step, state)
 
-    def _unit(self, problem: Problem, state: Rounded, fed: jax.Array) -> Rounded:
-        """Round one unit, row by row; ``fed`` is what other units feed back."""
-        diagonal = jnp.diagonal(problem.matrix)
-        if self.fit is not None:
-            # what GPTQ's updated weights are before the first row of the group
-            updated = problem.weight + lax.linalg.triangular_solve(
-                problem.matrix, fed, left_side=True, lower=True
-            )
-            grid = self.fit(updated, problem.groups[0], state.grid)
-            state = state._replace(grid=grid)
-        others = problem.matrix * (1 - jnp.eye(self.unit, dtype=jnp.float32))
+    def _one_by_one(self, problem: Problem, state: Rounded, fed: jax.Array) -> Rounded:
+        """Round the rows of the innermost span."""
+        count = state.error.shape[0]
+        diagonal = jnp.diagonal(problem.square())
+        others = problem.matrix * (1 - jnp.eye(count, dtype=jnp.float32))
 
         def step(i: jax.Array, state: Rounded) -> Rounded:
             got = _row(fed, i) + _dot(_row(others, i), state.error)
             if problem.drift is not None:
-                got = got + _dot(_row(problem.drift, i), state.target)
-            w, weight = _row(problem.weight, i), diagonal[i]
-            target = w + divide(got, weight)
-            code, value = nearest(target, state.grid.row(problem.groups[i]), self.spec)
-            loss = state.loss + ((target - value) * weight) ** 2
-            row = Rounded(code[None], (w - value)[None], target[None], state.grid, loss)
-            return _paste(state, row, i)
+                got = got + _targets(_row(problem.drift, i), state)
+            grid, w = state.grid.row(problem.groups[i]), _row(state.error, i)
+            if not self.first:
+                w = w + values(_row(state.codes, i), grid, self.spec)
+            target = w + divide(got, diagonal[i])
+            codes = nearest(target, grid, self.spec)
+            part = Rounded(
+                (w - values(codes, grid, self.spec))[None],
+                codes[None],
+                None if state.target is None else target[None],
+                state.grid,
+            )
+            return _paste(state, part, i)
 
-        return lax.fori_loop(0, self.unit, step, state)
-
-
-def nearest(x: jax.Array, grid: Grid, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
-    """Return the nearest codes to ``x``, uint8, and the numbers they stand for."""
-    fmt = spec.number_format
-    codes = fmt.encode(to_code_units(x, grid.scale, grid.zero, spec))
-    values = fmt.decode(codes)
-    if grid.zero is not None:
-        values = values - grid.zero
-    return codes, values * grid.scale
+        return lax.fori_loop(0, count, step, state)
 
 
-def start(problem: Problem, grid: Grid) -> Rounded:
-    """Return the state before anything is rounded."""
-    shape = problem.weight.shape
-    return Rounded(
-        jnp.zeros(shape, jnp.uint8),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        grid,
-        jnp.zeros(shape[1], jnp.float32),
-    )
+def spans(block: int, group: int = 0) -> tuple[int, ...]:
+    """Return the sizes of spans for blocks of about ``block`` rows.
+
+    Args:
+        block: rows per outermost span.
+        group: when not 0, one of the sizes: the outermost is a multiple of it.
+
+    Example:
+        >>> spans(128), spans(128, 16), spans(128, 64), spans(100, 48), spans(8, 512)
+        ((128, 32), (128, 16), (128, 64, 32), (96, 48, 24), (512, 128, 32))
+    """
+    if not group:
+        return (block, *_inside(block))
+    outer = max(block // group, 1) * group
+    return (outer,) * (outer != group) + (group, *_inside(group))
+
+
+def _inside(size: int) -> tuple[int, ...]:
+    """Return sizes of spans inside one of ``size`` rows, down to a few rows."""
+    out = []
+    for most in (128, LEAST_SPAN):
+        if size > most:
+            size = max(n for n in range(1, most + 1) if size % n == 0)
+            out.append(size)
+    return tuple(n for n in out if n > 1)
+
+
+def nearest(x: jax.Array, grid: Grid, spec: QuantSpec) -> jax.Array:
+    """Return the nearest codes to ``x``, uint8."""
+    return spec.number_format.encode(to_code_units(x, grid.scale, grid.zero, spec))
+
+
+def values(codes: jax.Array, grid: Grid, spec: QuantSpec) -> jax.Array:
+    """Return the numbers that codes stand for, float32."""
+    return units(codes, grid, spec) * grid.scale
+
+
+def units(codes: jax.Array, grid: Grid, spec: QuantSpec) -> jax.Array:
+    """Return the numbers that codes stand for, over the scale."""
+    decoded = spec.number_format.decode(codes)
+    return decoded if grid.zero is None else decoded - grid.zero
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the product in float32 proper, also where the default is narrower."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _targets(drift: jax.Array, state: Rounded) -> jax.Array:
+    """Return what earlier targets feed back."""
+    assert state.target is not None
+    return _dot(drift, state.target)
 
 
 def _row(x: jax.Array, i: jax.Array) -> jax.Array:
@@ -207,35 +252,26 @@ def _rows(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
 def _cut_problem(problem: Problem, start: jax.Array, size: int) -> Problem:
     """Return the part of the problem inside ``size`` rows from ``start``."""
 
+    def rows(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else _rows(x, start, size)
+
     def square(x: jax.Array) -> jax.Array:
-        # a block's matrices are cut to its rows and columns alike
         return lax.dynamic_slice(x, (start, start), (size, size))
 
     return Problem(
-        _rows(problem.weight, start, size),
-        _rows(problem.groups, start, size),
         square(problem.matrix),
+        _rows(problem.groups, start, size),
+        rows(problem.ridge),
         None if problem.drift is None else square(problem.drift),
     )
 
 
 def _cut(state: Rounded, start: jax.Array, size: int) -> Rounded:
     """Return the state of ``size`` rows from ``start``."""
-    codes, error, target = jax.tree.map(
-        lambda x: _rows(x, start, size), (state.codes, state.error, state.target)
-    )
-    return state._replace(codes=codes, error=error, target=target)
+    return state.map_rows(lambda x: _rows(x, start, size))
 
 
 def _paste(state: Rounded, part: Rounded, start: jax.Array) -> Rounded:
     """Return ``state`` with the rows from ``start`` replaced."""
-
-    def one(x: jax.Array, rows: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(x, rows, start, 0)
-
-    codes, error, target = jax.tree.map(
-        one,
-        (state.codes, state.error, state.target),
-        (part.codes, part.error, part.target),
-    )
-    return Rounded(codes, error, target, part.grid, part.loss)
+    write = lambda x, rows: lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+    return state.map_rows(write, part)._replace(grid=part.grid)

@@ -1,4 +1,4 @@
-"""The Hessian of a layer's output error: scaled, damped, ordered and factored."""
+"""The Hessian of a layer's output error: damped, ordered and factored."""
 
 from typing import NamedTuple
 
@@ -13,30 +13,33 @@ from jaxq.solvers.order import Order
 LEAST_RETRY, MOST_DAMPING = 1e-3, 1.0
 
 
-class Hessian(NamedTuple):
-    """``H`` of one weight, in units of the mean of its diagonal.
+class Curvature(NamedTuple):
+    """The diagonal of a Gram matrix ``XᵀX``, and whether the matrix can be used.
 
     Attributes:
-        matrix: ``float32[K, K]``; 1 on the diagonal of dead rows, the identity when
-            the Gram matrix is not finite.
-        unit: what was divided by (1 when nothing is alive).
-        finite: whether every element of the Gram matrix is finite.
-        alive: whether any activation was not zero.
+        diagonal: ``float32[K]``, in units of its mean over living rows; 0 of dead ones.
+        unit: that mean; 1 when nothing is alive.
+        usable: whether all elements are finite, no element of the diagonal is negative
+            and some activation was not zero.
     """
 
-    matrix: jax.Array
+    diagonal: jax.Array
     unit: jax.Array
-    finite: jax.Array
-    alive: jax.Array
+    usable: jax.Array
+
+    @property
+    def dead(self) -> jax.Array:
+        """Rows that no activation ever reached, ``bool[K]``."""
+        return self.diagonal == 0
 
 
 class Factor(NamedTuple):
     """The triangular factor of a damped Hessian.
 
     Attributes:
-        lower: ``M`` with ``MᵀM = H + damping · I``, lower triangular, float32; the
-            identity when ``ok`` is False.
-        damping: what was added to the diagonal, as a share of its mean.
+        lower: ``M`` with ``MᵀM = H + p · I``, lower triangular, float32, in units of
+            the mean diagonal; the identity when ``ok`` is False.
+        damping: ``p``, what was added to the diagonal, as a share of its mean.
         tries: how often a factorization was tried.
         ok: whether one succeeded.
     """
@@ -47,32 +50,25 @@ class Factor(NamedTuple):
     ok: jax.Array
 
 
-def hessian(gram: jax.Array) -> Hessian:
-    """Return the Hessian of ``‖X(W − Q)‖²`` from ``gram = XᵀX``.
-
-    A row of zeros (a dead channel: no activation was ever there) gets 1 on the
-    diagonal, so that it is rounded to nearest and has no part in the others. GPTQ's
-    code sets its weights to zero; that saves nothing, and breaks the layer on the
-    first input that is not dead.
+def curvature(gram: jax.Array) -> Curvature:
+    """Return what the diagonal of a Gram matrix says.
 
     Args:
-        gram: ``float32[K, K]``, positive semidefinite.
+        gram: ``float32[K, K]``, ``XᵀX``.
     """
-    finite = jnp.all(jnp.isfinite(gram))
-    diagonal = jnp.where(finite, jnp.diagonal(gram), jnp.float32(0))
-    dead = diagonal <= 0
-    living = jnp.sum(~dead)
-    unit = jnp.sum(jnp.where(dead, 0, diagonal)) / jnp.maximum(living, 1).astype(
-        jnp.float32
-    )
-    unit = jnp.where(living > 0, unit, jnp.float32(1))
-    either = dead[:, None] | dead[None, :]
-    matrix = jnp.where(either, jnp.float32(0), gram / unit)
-    matrix = matrix + jnp.diag(dead.astype(jnp.float32))
-    return Hessian(matrix, unit, finite, living > 0)
+    diagonal = jnp.diagonal(gram)
+    usable = jnp.all(jnp.isfinite(gram)) & jnp.all(diagonal >= 0)
+    diagonal = jnp.where(usable, diagonal, jnp.float32(0))
+    living = jnp.sum(diagonal > 0)
+    mean = jnp.sum(diagonal) / jnp.maximum(living, 1).astype(jnp.float32)
+    usable = usable & (living > 0) & jnp.isfinite(mean)
+    unit = jnp.where(usable, mean, jnp.float32(1))
+    return Curvature(jnp.where(usable, diagonal / unit, jnp.float32(0)), unit, usable)
 
 
-def factor(h: Hessian, order: Order, damping: float) -> Factor:
+def factor(
+    gram: jax.Array, of: Curvature, order: Order, damping: float | jax.Array
+) -> Factor:
     """Return ``M``, lower triangular, with ``MᵀM = H + p · I`` in the given order.
 
     With ``U = M⁻ᵀ`` this is the factor of GPTQ: ``UᵀU = H⁻¹``, ``U`` upper. It comes
@@ -83,13 +79,12 @@ def factor(h: Hessian, order: Order, damping: float) -> Factor:
     succeeds or ``p = 1`` has failed.
 
     Args:
-        h: the Hessian.
+        gram: ``float32[K, K]``, ``XᵀX``.
+        of: its `curvature`.
         order: in which the rows will be rounded.
         damping: the first ``p``.
     """
-    taken = order.take(order.take(h.matrix), axis=1)[::-1, ::-1]
-    filling = order.filling()[::-1].astype(jnp.float32)
-    identity = jnp.eye(order.length, dtype=jnp.float32)
+    diagonal = jnp.arange(order.length)
 
     class State(NamedTuple):
         lower: jax.Array
@@ -99,8 +94,13 @@ def factor(h: Hessian, order: Order, damping: float) -> Factor:
         ok: jax.Array
 
     def attempt(state: State) -> State:
-        p = state.following
-        damped = taken + jnp.diag(filling + p)
+        # inside the loop, or the matrix would be in memory once more; the first try
+        # nearly always succeeds
+        p, matrix = lax.optimization_barrier((state.following, gram))
+        backwards = order.take(order.take(matrix), axis=1)[::-1, ::-1] / of.unit
+        # a place without a row has a diagonal of 0, and gets 1 as dead rows do
+        added = order.take(_ridge(of, p)) + order.filling().astype(jnp.float32)
+        damped = backwards.at[diagonal, diagonal].add(added[::-1])
         lower = lax.linalg.cholesky(damped, symmetrize_input=False)
         ok = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
         after = jnp.maximum(10 * p, jnp.float32(LEAST_RETRY))
@@ -109,17 +109,27 @@ def factor(h: Hessian, order: Order, damping: float) -> Factor:
         return State(lower, p, after, state.tries + 1, ok)
 
     start = State(
-        identity,
+        jnp.zeros((order.length,) * 2, jnp.float32),
         jnp.float32(0),
-        jnp.float32(damping),
+        jnp.asarray(damping, jnp.float32),
         jnp.int32(0),
         jnp.asarray(False),
     )
-    possible = h.finite & h.alive
     end = lax.while_loop(
-        lambda s: possible & ~s.ok & ((s.following <= MOST_DAMPING) | (s.tries == 0)),
+        lambda s: of.usable & ~s.ok & ((s.tries == 0) | (s.following <= MOST_DAMPING)),
         attempt,
         start,
     )
-    lower = jnp.where(end.ok, end.lower, identity)[::-1, ::-1].T
+    identity = jnp.eye(order.length, dtype=jnp.float32)
+    lower = jnp.where(end.ok, end.lower[::-1, ::-1].T, identity)
     return Factor(lower, end.damping, end.tries, end.ok)
+
+
+def _ridge(of: Curvature, damping: jax.Array) -> jax.Array:
+    """Return what damping adds to the diagonal, ``float32[K]``, in its units.
+
+    A dead row gets 1: it is rounded to nearest, and has no part in the others. GPTQ's
+    code sets its weights to zero; that saves nothing, and breaks the layer on the first
+    input that is not dead.
+    """
+    return jnp.where(of.dead, jnp.float32(1), jnp.float32(0)) + damping

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.blocks import grid_shape, spread
+from jaxq.blocks import block_axes, grid_shape, spread, to_blocks
 from jaxq.quantize import Axes, Blocking
 from jaxq.spec import QuantSpec
 
@@ -74,11 +74,13 @@ class MatrixView:
     def slots(self) -> np.ndarray:
         """The rows of every row group, ``int32[R, G]``; ``K`` fills ragged groups."""
         counts = np.bincount(self.row_groups)
-        out = np.full((len(counts), counts.max()), self.rows, np.int32)
+        size = counts.max()
+        # spans inside a large group need sizes that divide it
+        size += -size % 8 if size > 32 else 0
+        out = np.full((len(counts), size), self.rows, np.int32)
         starts = np.cumsum(counts) - counts
-        out[self.row_groups, np.arange(self.rows) - starts[self.row_groups]] = (
-            np.arange(self.rows)
-        )
+        places = np.arange(self.rows)
+        out[self.row_groups, places - starts[self.row_groups]] = places
         return out
 
     def to_matrix(self, x: jax.Array) -> jax.Array:
@@ -119,6 +121,38 @@ class MatrixView:
         return x.reshape([grid[a] for a in self._axes]).transpose(
             np.argsort(self._axes)
         )
+
+    def sum_columns(self, x: jax.Array) -> jax.Array:
+        """Return ``[N]`` summed over the columns of a block, spread over them again."""
+        if self.free_block == (1,) * len(self.free):
+            return x
+        blocks = to_blocks(x.reshape(self.free), self.free_block)
+        return spread_columns(jnp.sum(blocks, block_axes(len(self.free))), self)
+
+    def gram_blocks(self, gram: jax.Array) -> jax.Array:
+        """Return the diagonal blocks ``[R, G, G]`` of ``[K, K]`` that groups meet."""
+        slots = jnp.asarray(self.slots)
+        pick = lambda s: jnp.take(
+            jnp.take(gram, s, axis=0, mode="fill", fill_value=0),
+            s,
+            axis=1,
+            mode="fill",
+            fill_value=0,
+        )
+        return jax.lax.map(pick, slots)
+
+    def check_square(self, name: str, x: jax.Array) -> None:
+        """Raise unless a statistic has one row and column per contracted element.
+
+        Raises:
+            ValueError: naming its shape, and the one it should have.
+        """
+        if x.shape != (self.rows, self.rows):
+            raise ValueError(
+                f"{name} of one weight has shape {x.shape}, but the weight of shape "
+                f"{self.shape} contracts {self.rows} elements: give "
+                f"[*stack, {self.rows}, {self.rows}]"
+            )
 
     @property
     def _free_axes(self) -> tuple[int, ...]:

@@ -34,6 +34,8 @@ class Order:
     def take(self, x: jax.Array, axis: int = 0) -> jax.Array:
         """Return ``x`` with its ``K`` rows in this order; zeros fill."""
         if self.places is not None:
+            if self.length == self.rows:
+                return jnp.take(x, self.places, axis=axis, mode="clip")
             return jnp.take(x, self.places, axis=axis, mode="fill", fill_value=0)
         pad = [(0, self.length - self.rows if i == axis else 0) for i in range(x.ndim)]
         return jnp.pad(x, pad)

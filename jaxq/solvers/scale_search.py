@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxq.blocks import block_axes, spread, to_blocks
@@ -15,18 +16,22 @@ from jaxq.scales import affine
 from jaxq.spec import QuantSpec
 
 Scales = tuple[jax.Array, jax.Array | None]
+Loss = Callable[[jax.Array], jax.Array]
 
 
 class Groups(NamedTuple):
-    """Row groups of a weight, and how much an error of each row costs.
+    """Row groups of a weight (or one, without the first axis), and what errors cost.
 
     Attributes:
         weight: ``float32[R, G, *free]``; ragged groups end in zeros.
-        importance: ``float32[R, G]``, for example the diagonal of the Hessian.
+        importance: ``float32[R, G]``, what the square of an error costs; None: all the
+            same.
+        gram: ``float32[R, G, G]``, the diagonal blocks of the Gram matrix, or None.
     """
 
     weight: jax.Array
-    importance: jax.Array
+    importance: jax.Array | None = None
+    gram: jax.Array | None = None
 
 
 def absmax(groups: Groups, spec: QuantSpec, where: Blocking) -> Scales:
@@ -39,16 +44,12 @@ def mse(
     spec: QuantSpec,
     where: Blocking,
     *,
-    steps: int = 40,
+    steps: int = 48,
     smallest: float = 0.2,
     exponent: float = 2.0,
 ) -> Scales:
-    """Return the scales of the range ``p · [low, high]`` of least error.
-
-    ``argmin_p Σ |w − ŵ_p|^exponent`` over ``steps`` values of ``p`` from 1 to
-    ``smallest``.
-    """
-    alike = groups._replace(importance=jnp.ones_like(groups.importance))
+    """Return the scales of least ``Σ |w − ŵ|^exponent``; see `importance`."""
+    alike = groups._replace(importance=None)
     return importance(
         alike, spec, where, steps=steps, smallest=smallest, exponent=exponent
     )
@@ -59,49 +60,131 @@ def importance(
     spec: QuantSpec,
     where: Blocking,
     *,
-    steps: int = 40,
+    steps: int = 48,
     smallest: float = 0.2,
     exponent: float = 2.0,
 ) -> Scales:
-    """Return the scales of the range ``p · [low, high]`` of least weighed error.
+    """Return the scales of least ``Σ_k h_k |w_k − ŵ_k|^exponent``; see `best_range`.
 
-    ``argmin_p Σ_k h_k |w_k − ŵ_k(p)|^exponent``, where ``h`` is the importance of rows:
-    an error costs as much as its activation is large.
+    An error costs as much as its row is important.
     """
     x = groups.weight
-    h = groups.importance.reshape(groups.importance.shape + (1,) * (x.ndim - 2))
+    h = groups.importance
+    h = None if h is None else h.reshape(-1, *(1,) * (x.ndim - 1))
 
     def loss(error: jax.Array) -> jax.Array:
         size = jnp.square(error) if exponent == 2 else jnp.abs(error) ** exponent
-        return jnp.sum(to_blocks(h * size, where.block), block_axes(x.ndim))
+        size = size if h is None else h * size
+        return jnp.sum(to_blocks(size, where.block), block_axes(x.ndim))
 
-    return _best_range(x, spec, where, loss, jnp.linspace(1.0, smallest, steps))
+    return best_range(x, spec, where, loss, (steps, smallest))
 
 
-def _best_range(
+def output(
+    groups: Groups,
+    spec: QuantSpec,
+    where: Blocking,
+    *,
+    steps: int = 24,
+    smallest: float = 0.2,
+) -> Scales:
+    """Return the scales of least output error of each group alone; see `best_range`.
+
+    ``δᵀ H_gg δ`` with ``δ = w − ŵ``: unlike `importance` it knows which activations of
+    a group go together (AWQ's clip search measures the same on samples).
+    """
+    x = groups.weight
+    assert groups.gram is not None
+    gram = groups.gram
+
+    def loss(error: jax.Array) -> jax.Array:
+        flat = error.reshape(len(error), -1)
+        felt = jnp.dot(gram, flat, precision=lax.Precision.HIGHEST)
+        cost = (flat * felt).reshape(error.shape)
+        return jnp.sum(to_blocks(cost, where.block), block_axes(x.ndim))
+
+    return best_range(x, spec, where, loss, (steps, smallest))
+
+
+# Ranges up to this much wider than the extremes are tried: a zero point is an integer,
+# and its rounding may leave one end out.
+WIDEST = 1.15
+
+
+def best_range(
     x: jax.Array,
     spec: QuantSpec,
     where: Blocking,
-    loss: Callable[[jax.Array], jax.Array],
-    shrink: jax.Array,
+    loss: Loss,
+    tried: tuple[int, float],
 ) -> Scales:
-    """Return the scales of ``p · [low, high]`` with the least ``loss(x − x̂)``."""
+    """Return the scales of the range ``p · [low, high]`` of least ``loss(x − x̂)``.
+
+    Two thirds of the ``steps`` are values of ``p`` from 1.15 to ``smallest``, the rest
+    lie around each block's best one. Each is tried with the zero point as it comes out
+    and with both its neighbours.
+
+    Args:
+        x: the weight, float32.
+        spec: how it is quantized.
+        where: its blocks.
+        loss: the cost of an error, one number per block.
+        tried: ``steps`` and ``smallest``.
+    """
     low, high = block_bounds(x, where.block)
+    fmt = spec.number_format
 
     class Best(NamedTuple):
         loss: jax.Array
+        centre: jax.Array
         scales: Scales
 
-    def step(best: Best, p: jax.Array) -> tuple[Best, None]:
-        scales = affine(low * p, high * p, spec)
-        now = loss(x - _round_trip(x, scales, spec, where))
+    def attempt(best: Best, this: Attempt) -> tuple[Best, None]:
+        p = jnp.where(this.fine, best.centre, jnp.float32(0)) + this.p
+        scale, zero = affine(low * p, high * p, spec)
+        if zero is not None:
+            zero = jnp.clip(zero + this.shift, fmt.lowest, fmt.highest)
+        now = loss(x - _round_trip(x, (scale, zero), spec, where))
         better = now < best.loss
         keep = lambda new, old: jnp.where(better, new, old)
-        return Best(keep(now, best.loss), jax.tree.map(keep, scales, best.scales)), None
+        centre = jnp.where(this.fine, best.centre, keep(p, best.centre))
+        scales = jax.tree.map(keep, (scale, zero), best.scales)
+        return Best(keep(now, best.loss), centre, scales), None
 
-    start = Best(jnp.full(low.shape, jnp.inf), affine(low, high, spec))
-    best, _ = lax.scan(step, start, shrink.astype(jnp.float32))
+    ones = jnp.ones(low.shape, jnp.float32)
+    start = Best(jnp.inf * ones, ones, affine(low, high, spec))
+    best, _ = lax.scan(attempt, start, _attempts(*tried, not spec.symmetric))
     return best.scales
+
+
+class Attempt(NamedTuple):
+    """A range to try.
+
+    Attributes:
+        p: the range over the whole one; when ``fine``, less the best of the others.
+        fine: whether it is.
+        shift: what is added to the zero point.
+    """
+
+    p: jax.Array
+    fine: jax.Array
+    shift: jax.Array
+
+
+def _attempts(steps: int, smallest: float, shifted: bool) -> Attempt:
+    """Return what is tried, one after the other; see `best_range`."""
+    coarse = max(steps - steps // 3, 1)
+    gap = (WIDEST - smallest) / max(coarse - 1, 1)
+    # between the coarse ones beside the best, and none of them again
+    fine = np.linspace(-gap, gap, steps - coarse + 2)[1:-1]
+    p = np.concatenate([[1.0], np.linspace(WIDEST, smallest, coarse), fine])
+    is_fine = np.arange(len(p)) > coarse
+    shifts = (0.0, -1.0, 1.0) if shifted else (0.0,)
+    return Attempt(
+        jnp.asarray(np.repeat(p, len(shifts)), jnp.float32),
+        jnp.asarray(np.repeat(is_fine, len(shifts))),
+        jnp.asarray(np.tile(shifts, len(p)), jnp.float32),
+    )
 
 
 def _round_trip(
@@ -115,10 +198,13 @@ def _round_trip(
     return values * spread(scale, where.block, x.shape)
 
 
+# `conditional` differs in the importance that GPTQ gives to rows.
 SEARCHES: dict[str, Callable[..., Scales]] = {
     "absmax": absmax,
     "mse": mse,
     "importance": importance,
+    "conditional": importance,
+    "output": output,
 }
 
 
@@ -127,7 +213,7 @@ def search_scales(
     spec: QuantSpec,
     free_block: Sequence[int],
     search: str,
-    options: dict[str, Any],
+    options: Sequence[tuple[str, Any]] = (),
 ) -> Scales:
     """Return scales and zero points, ``[R, *free blocks]``, by the ``search`` named.
 
@@ -138,23 +224,41 @@ def search_scales(
         spec: how it is quantized.
         free_block: the block sizes along the free axes.
         search: a key of `SEARCHES`.
-        options: of the search.
+        options: of the search, as pairs.
     """
-    block = (1, groups.weight.shape[1], *free_block)
-    where = Blocking(block, contracting=(1,), stacked=(0,))
-    scales = SEARCHES[search](groups, spec, where, **options)
-    return jax.tree.map(lambda s: jnp.squeeze(s, 1), scales)
+    where = Blocking((groups.weight.shape[1], *free_block), contracting=(0,))
+
+    # one group after the other: it stays in the cache, and memory does not grow
+    def one(group: Groups) -> Scales:
+        scales = SEARCHES[search](group, spec, where, **dict(options))
+        return jax.tree.map(lambda s: jnp.squeeze(s, 0), scales)
+
+    if len(groups.weight) == 1:
+        return jax.tree.map(
+            lambda s: s[None], one(jax.tree.map(lambda x: x[0], groups))
+        )
+    return lax.map(one, groups)
 
 
-def check_search(search: str, options: Sequence[str]) -> None:
-    """Raise unless there is such a search and it has these options.
+def check_search(search: str, options: Sequence[tuple[str, Any]]) -> None:
+    """Raise unless there is such a search and it takes these options.
 
     Raises:
         UnknownNameError: naming what is not known, and what is.
+        ValueError: on a number out of range.
     """
     method = lookup(SEARCHES, search, "scale search")
     parameters = inspect.signature(method).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for name in options:
+    for name, _ in options:
         if name not in known:
             raise unknown(name, known, f"option of search={search!r}:")
+    given = dict(options)
+    steps, smallest = given.get("steps", 1), given.get("smallest", 0.5)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"steps={steps!r} must be an integer >= 1; 48 is usual")
+    if not 0 < smallest <= 1:
+        raise ValueError(
+            f"smallest={smallest} is the narrowest range tried, as a share of the "
+            f"whole: give it in (0, 1]; 0.2 is usual"
+        )

@@ -9,7 +9,7 @@ from jaxq.qtensor import QTensor
 from jaxq.solvers.autoround import TUNING
 from jaxq.solvers.base import Solved, Solver, Statistics
 from jaxq.solvers.gptq import gptq
-from jaxq.solvers.rtn import solve_rtn
+from jaxq.solvers.rtn import optional_statistics, solve_rtn
 from jaxq.spec import QuantSpec
 
 
@@ -23,7 +23,7 @@ def start_autoround(*args: Any, **options: Any) -> Solved:
 
 
 _ROWS: tuple[Solver, ...] = (
-    Solver("rtn", solve_rtn),
+    Solver("rtn", solve_rtn, optional=optional_statistics),
     Solver(
         "gptq",
         gptq,
