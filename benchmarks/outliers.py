@@ -112,9 +112,7 @@ def main() -> None:
             f"## With {CHANNELS} outlier channels × {FACTOR:g} in every norm",
             columns,
             measure(injected, windows, tokens),
-            (
-                f"Largest difference of its logits to the original's: {float(same):.1e}.",
-            ),
+            (f"Largest change of its logits: {float(same):.1e}.",),
         ),
         Table("## The model as it is", columns, measure(lm, windows, tokens)),
     ]

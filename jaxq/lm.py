@@ -314,7 +314,7 @@ class LM:
             self.params,
             recipe=self.recipe,
             metadata=self.metadata(),
-            extra_files=self.files | timings(self.evidence),
+            extra_files={**self.files, **timings(self.evidence)},
             backend=backend,
             overwrite=overwrite,
         )

@@ -36,9 +36,9 @@ class Method:
         options = dict(self.options)
         pairs = tuple((k, hashable(options[k])) for k in sorted(options))
         object.__setattr__(self, "options", pairs)
-        table = TRANSFORMS | SOLVERS
-        row = lookup(table, self.name, "method")
-        known = option_names(row.candidates if self.is_transform else row.run)
+        functions = {name: row.candidates for name, row in TRANSFORMS.items()}
+        functions |= {name: row.run for name, row in SOLVERS.items()}
+        known = option_names(lookup(functions, self.name, "method"))
         for option in options:
             if known is not None and option not in known:
                 raise unknown(option, known, f"option of {self.name}:")

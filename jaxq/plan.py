@@ -272,8 +272,8 @@ def _abstract(
     if not rule.static:
         return q
     ones = [n if i in stacked else 1 for i, n in enumerate(leaf.shape)]
-    scale = jax.ShapeDtypeStruct(tuple(ones), jnp.float32)
-    zero = None
+    scale: Any = jax.ShapeDtypeStruct(tuple(ones), jnp.float32)
+    zero: Any = None
     if rule.activation is not None and not rule.activation.symmetric:
         zero = jax.ShapeDtypeStruct(tuple(ones), jnp.int8)
     return dataclasses.replace(q, activation_scale=scale, activation_zero=zero)
@@ -302,9 +302,9 @@ def _abstractly_solved(
         extra["input_scale"] = jax.ShapeDtypeStruct(tuple(along), jnp.float32)
     width = math.prod(shape[a] for a in contracting)
     stack = tuple(shape[a] for a in stacked)
-    gram = jax.ShapeDtypeStruct((*stack, width, width), jnp.float32)
-    channel = jax.ShapeDtypeStruct((*stack, width), jnp.float32)
-    tokens = jax.ShapeDtypeStruct(stack, jnp.int32)
+    gram: Any = jax.ShapeDtypeStruct((*stack, width, width), jnp.float32)
+    channel: Any = jax.ShapeDtypeStruct((*stack, width), jnp.float32)
+    tokens: Any = jax.ShapeDtypeStruct(stack, jnp.int32)
     seen = Statistics(
         gram, tokens, gram if "drift" in rule.needs else None, *[channel] * 2
     )

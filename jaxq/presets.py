@@ -46,7 +46,9 @@ _DOUBLE = QuantSpec("dynamic8", 256, center=True)
 _INT8_OUTLIERS = QuantSpec("int8", "token", outliers=6.0)
 
 # What the ablation on the demo model chose (benchmarks/results/gptq_ablation.md)
-_GPTQ = gptq()
+_BEST = {"damping": 0.01, "drift": 0.75, "correction": "target", "sweeps": 2}
+_GPTQ = gptq(**_BEST)
+_TUNED = autoround(**_BEST)
 _QUERY_OR_KEY = "re:.*(q_proj|k_proj|query|key)(/.*)?"
 
 
@@ -71,9 +73,9 @@ _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("w4a16-gptq", _grouped("uint4"), method=_GPTQ),
     _preset("w3a16-gptq", _grouped("uint3"), method=_GPTQ),
     _preset("w2a16-gptq", _grouped("uint2"), method=_GPTQ),
-    _preset("w4a16-autoround", _grouped("uint4"), method=autoround()),
-    _preset("w3a16-autoround", _grouped("uint3"), method=autoround()),
-    _preset("w2a16-autoround", _grouped("uint2"), method=autoround()),
+    _preset("w4a16-autoround", _grouped("uint4"), method=_TUNED),
+    _preset("w3a16-autoround", _grouped("uint3"), method=_TUNED),
+    _preset("w2a16-autoround", _grouped("uint2"), method=_TUNED),
     _awq_preset("w4a16-awq", _grouped("uint4")),
     _awq_preset("w3a16-awq", _grouped("uint3")),
     _preset("w8a8-smoothquant", _INT8, _INT8_TOKEN, chain(smoothquant(0.5))),

@@ -56,7 +56,7 @@ class Rule:
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
     static: bool | str = False
-    solver: str = "rtn"
+    solver: Any = "rtn"  # a name, once the rule is made
     options: Options = ()
     transforms: tuple[tuple[str, Options], ...] = ()
     ops: tuple[str, ...] = ()

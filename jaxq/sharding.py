@@ -8,6 +8,7 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxq.qtensor import QTensor
+from jaxq.solvers.base import Solved
 
 
 def qtensor_shardings(q: QTensor, weight: NamedSharding) -> QTensor:
@@ -44,17 +45,24 @@ def shard_like(q: QTensor, weight: Any) -> QTensor:
     return jax.device_put(q, qtensor_shardings(q, sharding))
 
 
-def solve_on_mesh(solve: Callable[[jax.Array], QTensor], weight: Any) -> QTensor:
-    """Return ``solve(weight)``, placed like the weight, on any kind of mesh.
+def solved_on_mesh(solve: Callable[[jax.Array], Solved], weight: Any) -> Solved:
+    """Return ``solve(weight)``, its weight placed like the float one, on any mesh.
 
     On a mesh with explicit axes (`jax.make_mesh`'s own) every reshape would have to say
     how its result is sharded; the solver leaves that to the compiler.
     """
     sharding = jax.typeof(weight).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
-        return shard_like(solve(weight), weight)
+        solved = solve(weight)
+        return solved._replace(weight=shard_like(solved.weight, weight))
     like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    placed = qtensor_shardings(jax.eval_shape(solve, like), sharding)
+    shapes = jax.eval_shape(solve, like)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    placed = Solved(
+        qtensor_shardings(shapes.weight, sharding),
+        jax.tree.map(lambda _: everywhere, shapes.info),
+        None if shapes.compensated is None else sharding,
+    )
     on_mesh: Any = jax.sharding.auto_axes(solve, out_sharding=placed)
     return on_mesh(weight)
 

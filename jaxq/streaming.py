@@ -121,7 +121,7 @@ def quantize_to(  # noqa: PLR0913  one verb, and what it may be told
             lm.params,
             recipe=recipe,
             metadata=small.metadata(),
-            extra_files=lm.files | timings(timed),
+            extra_files={**lm.files, **timings(timed)},
         )
     return Written(folder, recipe, timed, resumed)
 

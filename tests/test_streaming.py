@@ -109,9 +109,9 @@ def test_another_recipe_or_text_does_not_resume(model, tmp_path):
     lm = load_model(model, lazy=True)
     with pytest.raises(KeyboardInterrupt):
         quantize_to(lm, out, RECIPE, TOKENS, progress=progress)
-    with pytest.raises(CheckpointError, match="calibration.sha256: was"):
+    with pytest.raises(CheckpointError, match=r"calibration\.sha256: was"):
         quantize_to(lm, out, RECIPE, TOKENS + 1, resume=True)
-    with pytest.raises(CheckpointError, match="recipe.rules"):
+    with pytest.raises(CheckpointError, match=r"recipe\.rules"):
         quantize_to(lm, out, RECIPE, TOKENS, 16, resume=True)
     with pytest.raises(CheckpointError, match="--resume"):
         quantize_to(lm, out, RECIPE, TOKENS)

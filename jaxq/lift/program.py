@@ -291,7 +291,9 @@ class _Cut:
                     block_name(group[0].key, self.patterns),
                     tuple(group),
                     segment,
-                    tuple(sorted(filter(self._moves, live), key=self.order.get)),
+                    tuple(
+                        sorted(filter(self._moves, live), key=self.order.__getitem__)
+                    ),
                 )
                 for group, segment, live in parts
             ),
@@ -301,6 +303,10 @@ class _Cut:
             self.constants,
             self.inputs,
         )
+
+    def _kept(self, live: set[Any]) -> tuple[Any, ...]:
+        """Return the values to keep, in the order in which they are made."""
+        return tuple(sorted(filter(self._moves, live), key=lambda v: self.order[v]))
 
     def _used(self) -> set[Any]:
         """Return the values that the function's results depend on."""

@@ -69,10 +69,16 @@ def _update(
     rows, counts = to_rows(x, layout, mask, sizes)
     rows = change.activation(rows.astype(jnp.float32))
     if not layout.stacked:
-        state = observer.init(rows) if state is None else state
+        state = (
+            observer.init(jax.ShapeDtypeStruct(rows.shape, rows.dtype))
+            if state is None
+            else state
+        )
         return observer.update(state, rows, counts)
     if state is None:
-        state = jax.vmap(lambda r: observer.init(r))(rows)
+        one = observer.init(jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype))
+        spread = lambda a: jnp.broadcast_to(a, (len(rows), *a.shape))
+        state = jax.tree.map(spread, one)
     counts = jnp.ones(rows.shape[:-1], bool) if counts is None else counts
     return jax.vmap(observer.update)(state, rows, counts)
 

@@ -60,7 +60,7 @@ def to_rows(
     rows = x.transpose((*layout.batch, *free, *layout.summed))
     rows = rows.reshape(*((math.prod(stack),) if stack else ()), -1, width)
     counts = _mask_rows(mask, lengths)
-    if layout.groups:
+    if layout.groups and sizes is not None:
         expert = jnp.searchsorted(
             jnp.cumsum(sizes), jnp.arange(len(rows)), side="right"
         )

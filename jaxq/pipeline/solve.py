@@ -13,7 +13,7 @@ from jaxq.plan import PlanRow
 from jaxq.qtensor import QTensor
 from jaxq.quantize import quantize
 from jaxq.recipe import Rule
-from jaxq.sharding import solve_on_mesh
+from jaxq.sharding import solved_on_mesh
 from jaxq.solvers import solve_with
 from jaxq.solvers.base import Solved, Statistics
 from jaxq.spec import QuantSpec
@@ -131,7 +131,7 @@ def solve_task(task: Task, statistics: Statistics | None) -> Solved:
             stacked=task.stacked,
         )
 
-    return solve_on_mesh(solve, task.weight)
+    return solved_on_mesh(solve, task.weight)
 
 
 def rounded(task: Task) -> QTensor:

@@ -95,7 +95,9 @@ def _settings(options: Mapping[str, Any]) -> Settings:
     """Return those of a rule's options that are about tuning."""
     known = {field.name for field in dataclasses.fields(Settings)}
     # a batch of calibration data is a batch of sequences already
-    return Settings(**{"batch": 1} | {k: v for k, v in options.items() if k in known})
+    chosen: dict[str, Any] = {"batch": 1}
+    chosen |= {k: v for k, v in options.items() if k in known}
+    return Settings(**chosen)
 
 
 def _base(task: Task, outcome: Outcome) -> jax.Array:

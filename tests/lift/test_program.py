@@ -68,7 +68,7 @@ def ragged(params, x):
 
 
 def split_weight(params, x):
-    """A fused weight, cut before it is used; a step per array of a scan without weights."""
+    """A fused weight, cut before it is used; a scan without weights."""
     q, k = jnp.split(params["qk"], 2, axis=1)
     y = jax.lax.scan(lambda c, s: (c * 0.5 + s, c), x[0], x @ q)[1]
     return y * (x @ k)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxq.names import UnknownNameError
 from jaxq.quantize import quantize
-from jaxq.sharding import solve_on_mesh
+from jaxq.sharding import solved_on_mesh
 from jaxq.solvers import Statistics, gptq, rtn, solve_with
 from jaxq.spec import QuantSpec
 from tests import oracle
@@ -234,7 +234,7 @@ def test_on_a_mesh_it_is_placed_like_the_weight(kind):
     devices = np.asarray(jax.devices()).reshape(2, 4)
     mesh = Mesh(devices, ("data", "model"), axis_types=(kind,) * 2)
     placed = jax.device_put(w, NamedSharding(mesh, P("data", "model")))
-    got = solve_on_mesh(lambda x: run(x, seen, UINT3, sweeps=1).weight, placed)
+    got = solved_on_mesh(lambda x: run(x, seen, UINT3, sweeps=1), placed).weight
     alone = run(w, seen, UINT3, sweeps=1).weight
     np.testing.assert_array_equal(got.codes, alone.codes)
     np.testing.assert_array_equal(got.zeros, alone.zeros)
