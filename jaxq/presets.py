@@ -1,5 +1,8 @@
 """The recipes that have names, as the field uses them.
 
+Those called after a method (``-gptq``, ``-autoround``, ``-awq``, ``-smoothquant``) need
+calibration data; ``llm-int8`` and the others do not.
+
 Two rules hold in all of them. Embedding tables, output heads and tables that are both
 are int8 per row, weight-only: they are a large part of small models, and lose next to
 nothing at 8 bits. Routers (the gates of mixtures of experts) stay float, as do norms
@@ -70,6 +73,7 @@ _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("nf4-dq", QuantSpec("nf4", 64, scale=_DOUBLE)),
     _preset("fp8", QuantSpec("fp8_e4m3", "channel"), _FP8_TOKEN),
     _preset("mxfp4", QuantSpec("fp4_e2m1", 32, scale="e8m0")),
+    _preset("nvfp4", QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))),
     _preset("w4a16-gptq", _grouped("uint4"), method=_GPTQ),
     _preset("w3a16-gptq", _grouped("uint3"), method=_GPTQ),
     _preset("w2a16-gptq", _grouped("uint2"), method=_GPTQ),
@@ -81,7 +85,6 @@ _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("w8a8-smoothquant", _INT8, _INT8_TOKEN, chain(smoothquant(0.5))),
     _preset("w4a8-gptq", _SIGNED, _INT8_TOKEN, _GPTQ),
     _preset("llm-int8", _INT8, _INT8_OUTLIERS),
-    _preset("nvfp4", QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))),
 )
 
 PRESETS: dict[str, Recipe] = {recipe.name: recipe for recipe in _ROWS_OF_TABLE}

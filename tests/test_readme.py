@@ -26,6 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
     changes = {"dtype": "bfloat16", "max_position_embeddings": 128}
     folder = write_tiny(tmp_path / "demo_model", **changes)
     (folder / "eval.txt").write_text(TEXT)
+    (folder / "calibration.txt").write_text(TEXT * 2)
     monkeypatch.setattr("jaxq.lm.DEMO_FOLDER", folder)
     monkeypatch.setattr("jaxq.cli.options.DEMO_FOLDER", folder)
     work = tmp_path / "work"

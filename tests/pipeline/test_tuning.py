@@ -1,0 +1,107 @@
+"""Blocks that are judged and tuned as a whole: AWQ's search and AutoRound."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxq import autoround, awq, chain, gptq, quantized, rtn
+from jaxq.lift.program import program
+from jaxq.pipeline import quantize_with_evidence
+from jaxq.pipeline.block import block_function
+from jaxq.recipe import Recipe, Rule
+from jaxq.spec import QuantSpec
+
+N = 16
+SPEC = QuantSpec("uint2", 8, symmetric=False)
+
+
+def recipe(method):
+    return Recipe("mine", (Rule("*", SPEC, solver=method),))
+
+
+def network(params, x):
+    """Two blocks of two products each, with what is the same for every layer."""
+    for i in range(2):
+        layer = params[f"layer_{i}"]
+        y = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)) * layer["norm"]
+        x = x + jnp.tanh(y @ layer["up"]) @ layer["down"]
+    return x
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.normal(size=s) * s[0] ** -0.5, jnp.float32)
+    layer = lambda: {"norm": 1 + draw(N), "up": draw(N, 32), "down": draw(32, N)}
+    return {"layer_0": layer(), "layer_1": layer()}
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(1)
+    mix = rng.normal(size=(N, N)) * np.exp(rng.normal(size=N))
+    return [
+        (jnp.asarray(rng.normal(size=(24, N)) @ mix, jnp.float32),) for _ in range(4)
+    ]
+
+
+def output_error(params, done, batches):
+    moved = [
+        quantized(network)(done.params, x) - network(params, x) for (x,) in batches
+    ]
+    return float(np.linalg.norm(np.stack(moved)))
+
+
+def test_tuning_starts_from_gptq_and_never_ends_worse(params, batches):
+    start = quantize_with_evidence(params, recipe(gptq()), network, batches)
+    tuned = quantize_with_evidence(
+        params, recipe(autoround(steps=40, checks=4)), network, batches
+    )
+    for row in tuned.evidence:
+        before, after = row.block_loss
+        assert after <= before
+        assert row.tokens == 96
+    assert tuned.evidence[0].block_loss[1] < tuned.evidence[0].block_loss[0]
+    # both weights of a block are tuned together, on its output
+    losses = [row.block_loss for row in tuned.evidence]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+    assert output_error(params, tuned, batches) < output_error(params, start, batches)
+    for name in ("up", "down"):
+        a, b = tuned.params["layer_1"][name], start.params["layer_1"][name]
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+    np.testing.assert_array_equal(
+        tuned.params["layer_0"]["norm"], params["layer_0"]["norm"]
+    )
+
+
+def test_a_blocks_function_is_the_same_for_equal_blocks_and_computes_it(
+    params, batches
+):
+    cut = program(network, params, *batches[0])
+    one, names = block_function(cut, 0, 1, cut.groups[0].keys + cut.groups[1].keys)
+    two, _ = block_function(cut, 2, 3, cut.groups[2].keys + cut.groups[3].keys)
+    assert [key.path for key in names.values()] == ["layer_0/up", "layer_0/down"]
+    # the second block ends the function, and so hands on nothing else
+    assert hash(one) != hash(two) or one == two
+    again = block_function(program(network, params, *batches[0]), 0, 1, names.values())
+    assert again[0] == one
+    assert hash(again[0]) == hash(one)
+
+
+def test_awq_takes_the_scale_of_least_error_of_the_block(params, batches):
+    """No other of its candidates is better, judged by the block's output."""
+    done = quantize_with_evidence(
+        params,
+        recipe(chain(awq(points=6), rtn(clip="mse", steps=20))),
+        network,
+        batches,
+    )
+    plain = quantize_with_evidence(
+        params, recipe(rtn(clip="mse", steps=20)), network, batches[:1]
+    )
+    assert output_error(params, done, batches) < output_error(params, plain, batches)
+    q = done.params["layer_0"]["up"]
+    assert q.input_scale is not None
+    scale = np.asarray(q.input_scale)[:, 0]
+    assert np.sqrt(scale.max() * scale.min()) == pytest.approx(1.0, rel=1e-4)
