@@ -74,6 +74,12 @@ class Rule:
         lookup(SOLVERS, self.solver, "solver")
         if isinstance(self.static, str):
             lookup(RANGES, self.static, "way to find a static range")
+        if self.weight is not None and self.weight.outliers is not None:
+            raise ValueError(
+                f"rule {self.match!r} gives its weight outliers="
+                f"{self.weight.outliers:g}, which is about activations: give it to "
+                f"activation=, or leave it out"
+            )
         if self.transforms and self.weight is None:
             raise ValueError(
                 f"rule {self.match!r} transforms but leaves the weight float; give it "

@@ -35,7 +35,7 @@ that jaxq wrote, or the word [bold]demo[/] for the small model that comes with j
   1    failed: the message says what, and what to do about it
   2    the command line itself was wrong: an unknown option, recipe or format
   3    done, but some weights fell back to rounding; which and why is said
-  130  interrupted (Ctrl-C); nothing half-written is left
+  130  interrupted (Ctrl-C); nothing half-written is left under the name asked for
 """
 
 

@@ -26,8 +26,9 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, debug=debug, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            _say("interrupted", "nothing half-written is left")
+        except KeyboardInterrupt as stop:
+            notes = getattr(stop, "__notes__", None) or ["nothing half-written is left"]
+            _say("interrupted", notes[0])
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if debug:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxq.lift import Site, sites, tapped
 from jaxq.metrics import relative_error
-from jaxq.ops.activation import quantized_input, scaled_input
+from jaxq.ops.activation import picked_input, quantized_input, scaled_input
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.report.content import (
     OUTLIER_SIGMAS,
@@ -84,7 +84,8 @@ def _read_back(
     """Return each weight as it reads back, and the two operands of its product."""
 
     def one(q: QTensor, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scaled, w = scaled_input(x.astype(jnp.float32), q)
+        picked, w = picked_input(x.astype(jnp.float32), q)
+        scaled, w = scaled_input(picked, w)
         seen = quantized_input(scaled, w)
         return q.dequantize(jnp.float32), seen, w.dequantize(jnp.float32)
 
