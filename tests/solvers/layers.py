@@ -1,9 +1,13 @@
 """A layer with correlated inputs; GPTQ, OBQ and nearest-plane in NumPy, float64."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxq.formats import FORMATS
+from jaxq.quantize import quantize
 from jaxq.solvers import Statistics
 from tests import oracle
 
@@ -24,6 +28,12 @@ def statistics(x, drift=None):
         jnp.full(x.shape[:-2], x.shape[-2], jnp.int32),
         drift=None if moved is None else jnp.asarray(moved, jnp.float32),
     )
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "axis", "stacked"))
+def nearest_codes(w, spec, axis=(0,), stacked=()):
+    """Round to nearest, compiled as a whole: op by op takes longer."""
+    return quantize(w, spec, axis, stacked=stacked)
 
 
 def loss(gram, error):

@@ -2,14 +2,15 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxq.quantize import quantize
 from jaxq.solvers.matrix import MatrixView
 from jaxq.spec import QuantSpec
 from tests import oracle
+from tests.solvers.layers import nearest_codes
 
 CASES = [
     ((20, 6), (0,), QuantSpec("int4", 8)),  # a ragged last group
@@ -30,7 +31,7 @@ def test_rows_groups_and_columns(shape, axis, spec):
     view = MatrixView.of(shape, spec, axis)
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     free = [a for a in range(len(shape)) if a not in axis]
-    matrix = np.asarray(view.to_matrix(jnp.asarray(x)))
+    matrix = np.asarray(view.to_matrix(x))
     for place in itertools.product(*map(range, shape)):
         row = np.ravel_multi_index([place[a] for a in axis], view.contracted)
         column = np.ravel_multi_index([place[a] for a in free], view.free or (1,)) \
@@ -42,14 +43,14 @@ def test_rows_groups_and_columns(shape, axis, spec):
 @pytest.mark.parametrize(("shape", "axis", "spec"), CASES, ids=ids)
 def test_scales_meet_the_elements_that_a_tensor_gives_them(shape, axis, spec):
     view = MatrixView.of(shape, spec, axis)
-    q = quantize(jnp.ones(shape), spec, axis)
+    q = nearest_codes(jnp.ones(shape), spec, axis)
     scales = np.arange(1.0, q.scales.size + 1, dtype=np.float32).reshape(q.scales.shape)
     spread = oracle.spread(scales, q.block, shape)
-    groups = view.grid_to_groups(jnp.asarray(scales))
+    groups = jax.jit(view.grid_to_groups)(scales)
     assert groups.shape == (len(view.slots), view.columns)
     by_rows = np.asarray(groups)[view.row_groups]
     np.testing.assert_array_equal(view.from_matrix(by_rows), spread)
-    np.testing.assert_array_equal(view.columns_to_grid(groups), scales)
+    np.testing.assert_array_equal(jax.jit(view.columns_to_grid)(groups), scales)
 
 
 @pytest.mark.parametrize(("shape", "axis", "spec"), CASES, ids=ids)
@@ -57,8 +58,8 @@ def test_groups_hold_their_rows_and_zeros(shape, axis, spec, rng):
     view = MatrixView.of(shape, spec, axis)
     x = rng.standard_normal((view.rows, 2)).astype(np.float32)
     gram = x @ x.T
-    groups = np.asarray(view.to_groups(jnp.asarray(x)))
-    blocks = np.asarray(view.gram_blocks(jnp.asarray(gram)))
+    groups = np.asarray(jax.jit(view.to_groups)(x))
+    blocks = np.asarray(jax.jit(view.gram_blocks)(gram))
     for g in range(len(view.slots)):
         mine = np.flatnonzero(view.row_groups == g)
         assert np.all(np.diff(mine) == 1)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxq.formats import FORMATS
-from jaxq.quantize import quantize
 from jaxq.solvers import gptq, layer_loss
 from jaxq.solvers.feedback import Grid, Problem, Rounded
 from jaxq.solvers.matrix import MatrixView
@@ -16,7 +15,7 @@ from jaxq.spec import QuantSpec
 from pallas_kernels import layouts
 from tests import oracle
 from tests.solvers import layers
-from tests.solvers.layers import damped, inputs, statistics
+from tests.solvers.layers import damped, inputs, nearest_codes, statistics
 
 K, N = 40, 12
 
@@ -53,7 +52,7 @@ def held(q):
 def test_the_loss_never_grows(spec, layer):
     w, x = layer
     h = damped(statistics(x).gram, 0.05)
-    q = quantize(jnp.asarray(w), spec)
+    q = nearest_codes(w, spec)
     view = MatrixView.of((K, N), spec, 0)
     sweep = refining(view, spec, 16)
     order = by_slots(natural(view, jnp.ones(K), 1), view, sweep.spans[0])
@@ -134,7 +133,7 @@ def test_a_refitted_scale_solves_the_least_squares_problem(layer):
         jnp.ones(16, jnp.int32),
         jnp.asarray(ridge, jnp.float32),
     )
-    got = Refit(view, spec)(problem, state, jnp.asarray(fed, jnp.float32))
+    got = jax.jit(Refit(view, spec))(problem, state, jnp.asarray(fed, jnp.float32))
     for n in range(N):
         best = v[:, n] @ (h @ w[16:32, n] + fed[:, n]) / (v[:, n] @ h @ v[:, n])
         # a scale does not change its sign
@@ -171,7 +170,7 @@ def test_the_loss_of_a_layer(layer):
             "tab,acbd->tcd", activations[i].reshape(60, 8, 5), weight[i] - near[i]
         )
         assert float(got[i]) == pytest.approx(np.sum(error**2), rel=1e-5)
-    q = quantize(jnp.asarray(w), QuantSpec("int4"))
+    q = nearest_codes(w, QuantSpec("int4"))
     of_q = layer_loss(jnp.asarray(w), q, statistics(x).gram, axis=0)
     exact = np.sum((x.astype(np.float64) @ (oracle.dequantize(q) - w)) ** 2)
     assert float(of_q) == pytest.approx(exact, rel=1e-4)

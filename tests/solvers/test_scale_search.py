@@ -14,7 +14,7 @@ from jaxq.solvers.matrix import MatrixView
 from jaxq.solvers.scale_search import WIDEST, check_search
 from jaxq.spec import QuantSpec
 from tests import oracle
-from tests.solvers.layers import inputs, statistics
+from tests.solvers.layers import inputs, nearest_codes, statistics
 
 K, N, GROUP = 40, 6, 16
 SPECS = {
@@ -43,9 +43,9 @@ def costs(w, got, gram, clip):
     return np.asarray(total)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "clip"))
-def run(w, seen, spec, clip):
-    return rtn(w, seen, spec, clip=clip)
+@functools.partial(jax.jit, static_argnames=("spec", "clip", "axis"))
+def run(w, seen, spec, clip, axis=(0,)):
+    return rtn(w, seen, spec, axis=axis, clip=clip)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -74,7 +74,7 @@ def test_no_plain_range_costs_less(name, clip, layer):
     # ranges between those, and other zero points, find more
     assert mine.sum() < (0.995 if name != "nf4" else 1.0) * best.sum()
     assert best.sum() < 0.9 * every[0].sum()
-    plain = quantize(jnp.asarray(w), spec)
+    plain = nearest_codes(w, spec)
     assert jax.tree.structure(plain) == jax.tree.structure(q)
 
 
@@ -120,8 +120,8 @@ def test_blocks_of_several_axes_are_searched_alike(rng):
     w = rng.standard_normal((4, 8, 5)).astype(np.float32)
     seen = statistics(inputs(rng, 100, 32))
     spec = QuantSpec("uint3", 16, False)
-    got = rtn(jnp.asarray(w), seen, spec, axis=(0, 1), clip="importance")
-    flat = rtn(jnp.asarray(w.reshape(32, 5)), seen, spec, axis=0, clip="importance")
+    got = run(w, seen, spec, "importance", (0, 1))
+    flat = run(w.reshape(32, 5), seen, spec, "importance", (0,))
     np.testing.assert_array_equal(
         oracle.dequantize(got).reshape(32, 5), oracle.dequantize(flat)
     )
