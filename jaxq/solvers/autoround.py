@@ -197,7 +197,7 @@ def _tune(
 
     def step(state: Any, now: _Step) -> tuple[Any, Any]:
         variables, velocity, best = state
-        loss, gradient = jax.value_and_grad(block.sampled_error)(variables, now.chosen)
+        loss, gradient = block.slope(variables, now.chosen)
         velocity = jax.tree.map(
             lambda m, g: settings.momentum * m + g, velocity, gradient
         )
@@ -266,29 +266,41 @@ class _Block:
         """How many batches there are."""
         return len(jax.tree.leaves(self.samples.targets)[0])
 
-    def error_of(self, variables: dict[str, Variables], batch: Samples) -> jax.Array:
-        """Return a batch's squared error over the mean batch's squared target."""
-        weights = {
+    def weights(self, variables: dict[str, Variables]) -> Weights:
+        """Return the weights at a point, differentiable."""
+        return {
             name: relaxed(self.anchors[name], problem.start, variables[name])
             for name, problem in self.problems.items()
         }
+
+    def batch_error(self, weights: Weights, batch: Samples) -> jax.Array:
+        """Return a batch's squared error over the mean batch's squared target."""
         outputs = self.run({**self.fixed, **weights}, batch.inputs)
         difference = jax.tree.map(_minus, outputs, batch.targets)
         squares = _squares(difference, batch.mask)
         parts = [a / b for a, b in zip(squares, self.energy, strict=True)]
         return sum(parts[1:], parts[0]) / len(parts)
 
-    def sampled_error(
-        self, variables: dict[str, Variables], chosen: jax.Array
-    ) -> jax.Array:
-        """Return the mean error of some batches, all at once."""
-        batches = jax.tree.map(lambda a: a[chosen], self.samples)
-        return jnp.mean(jax.vmap(self.error_of, (None, 0))(variables, batches))
-
     def error(self, variables: dict[str, Variables]) -> jax.Array:
-        """Return the mean error of all batches, one at a time."""
-        each = functools.partial(self.error_of, variables)
+        """Return the mean error of all batches."""
+        each = functools.partial(self.batch_error, self.weights(variables))
         return jnp.mean(lax.map(each, self.samples))
+
+    def slope(
+        self, variables: dict[str, Variables], chosen: jax.Array
+    ) -> tuple[jax.Array, dict[str, Variables]]:
+        """Return the mean error of some batches, and the gradient of their sum."""
+        weights, pull_back = jax.vjp(self.weights, variables)
+
+        def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+            batch = jax.tree.map(lambda a: a[index], self.samples)
+            one = jax.value_and_grad(self.batch_error)(weights, batch)
+            return jax.tree.map(jnp.add, total, one), None
+
+        nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, weights)
+        (error, gradient), _ = lax.scan(add, nothing, chosen)
+        (gradient,) = pull_back(gradient)
+        return error / len(chosen), gradient
 
     def compare(
         self, best: _Best, variables: dict[str, Variables], number: jax.Array
