@@ -59,7 +59,7 @@ def recipes() -> dict[str, Recipe]:
     """Return W8A8 in the ways that are compared."""
 
     def w8a8(activation: QuantSpec, method: Any = "rtn", static: Any = False) -> Recipe:
-        kept = (Rule("*", ops=("gather",)), Rule("*lm_head*"))
+        kept = (Rule("*", ops=("gather",)), Rule("*lm_head*", required=False))
         rule = Rule("*", INT8, activation, static=static, solver=method)
         return Recipe("w8a8", (*kept, rule))
 

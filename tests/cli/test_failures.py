@@ -104,16 +104,20 @@ def test_a_prompt_beyond_the_context(jaxq, tiny):
     assert "context of 64" in one_message(ran, 1)
 
 
-def test_a_full_disk_leaves_nothing(jaxq, tiny, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_can_be_resumed(jaxq, tiny, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(saving.manifest, "write", full)
-    ran = jaxq("quantize", tiny, "-o", tmp_path / "out", "--recipe", "w8a16")
-    message = one_message(ran, 1)
+    words = ["quantize", tiny, "-o", tmp_path / "out", "--recipe", "w8a16"]
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.manifest, "write", full)
+        message = one_message(jaxq(*words), 1)
     assert "No space left on device" in message
     assert "make room" in message
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    again = jaxq(*words, "--resume")
+    assert again.exit_code == 0, again.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_bug_is_called_one_and_debug_shows_it(jaxq, tiny, monkeypatch):
@@ -128,7 +132,7 @@ def test_a_bug_is_called_one_and_debug_shows_it(jaxq, tiny, monkeypatch):
     assert isinstance(shown.exception, KeyError)
 
 
-def test_ctrl_c_leaves_nothing(tiny, tmp_path):
+def test_ctrl_c_leaves_nothing_under_the_name(tiny, tmp_path):
     """The signal arrives while the weights are being written."""
     code = (
         "import os, signal, sys\n"
@@ -152,4 +156,4 @@ def test_ctrl_c_leaves_nothing(tiny, tmp_path):
     assert run.returncode == 128 + signal.SIGINT
     assert "interrupted" in run.stderr
     assert "Traceback" not in run.stderr
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
