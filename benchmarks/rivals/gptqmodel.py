@@ -1,6 +1,8 @@
 """GPTQModel: GPTQ as shipped, and with its scale search switched on."""
 
+import contextlib
 import os
+import tempfile
 
 import numpy as np
 import torch
@@ -32,7 +34,8 @@ def main() -> None:
     tokens = np.load(run.tokens).tolist()
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens]
     clock = Clock()
-    with clock.running():
+    # it writes logs where it runs
+    with tempfile.TemporaryDirectory() as logs, contextlib.chdir(logs), clock.running():
         model.quantize(rows, batch_size=BATCH)
     modules = dict(model.model.named_modules())
     weights = {

@@ -132,6 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--runs", type=Path, required=True, metavar="DIR")
     parser.add_argument("--text", type=Path, default=DEMO_FOLDER / "eval.txt")
+    parser.add_argument("--remark", action="append", default=[], metavar="TEXT")
     parser.add_argument("--every", type=int, default=EVERY, metavar="N")
     parser.add_argument("--out", type=Path, default=RESULTS / "rivals.md")
     args = parser.parse_args()
@@ -148,7 +149,7 @@ def main() -> None:
     )
     parts = ["# rivals", ABOUT, float_line]
     parts += ["\n".join(table.lines()) for table in tables(runs)]
-    parts += ["## Notes", "\n".join(notes(runs))]
+    parts += ["## Notes", "\n".join([*notes(runs), *(f"- {r}" for r in args.remark)])]
     text = "\n\n".join(parts) + "\n"
     args.out.write_text(text)
     print(text)
