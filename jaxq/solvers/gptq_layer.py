@@ -11,6 +11,7 @@ from jax import lax
 from jaxq.quantize import assemble, settle_scale
 from jaxq.scales import store_scale
 from jaxq.solvers.base import Solved, Statistics
+from jaxq.solvers.drift import Drift
 from jaxq.solvers.feedback import Begin, Grid, Problem, Rounded, Sweep, spans
 from jaxq.solvers.gptq_settings import Settings
 from jaxq.solvers.hessian import Curvature, Factor, curvature, factor
@@ -58,11 +59,16 @@ class Layer:
         of = curvature(statistics.gram)
         order = self._order(of.diagonal)
         f = factor(statistics.gram, of, order, self.settings.damping)
+        fed = None
+        if statistics.drift is not None:
+            drift = Drift(statistics.drift / of.unit, self.settings.drift)
+            if self.settings.correction == "target":
+                matrix = drift.target(matrix, f, order)
+            else:
+                fed = drift.feedback(f, order)
         ready = Prepared(matrix, statistics.gram, of, order, f)
-        if self._corrected:
-            ready = ready._replace(weight=self._least_squares(ready, statistics.drift))
         stored, grid = self._grid(ready)
-        state = self._round(ready, grid, statistics.drift)
+        state = self._round(ready, grid, fed)
         if self.settings.sweeps:
             state = self._refine(ready, state)
         return self._assemble(weight, f, state, stored)
@@ -71,11 +77,6 @@ class Layer:
     def _dynamic(self) -> bool:
         """Whether scales are chosen as groups begin (the first begins as it was)."""
         return not self.settings.static_groups and len(self.view.slots) > 1
-
-    @property
-    def _corrected(self) -> bool:
-        """Whether the weight itself is moved to make up for drift."""
-        return self.settings.drift > 0 and self.settings.correction == "target"
 
     @property
     def _spans(self) -> tuple[int, ...]:
@@ -148,7 +149,7 @@ class Layer:
                 problem.matrix, fed, left_side=True, lower=True
             )
             # the group's part of the Hessian, once later rows make up for it
-            gram = problem.matrix.T @ problem.matrix
+            gram = jnp.dot(problem.matrix.T, problem.matrix, precision=HIGHEST)
             groups = Groups(
                 self.view.unfold(updated[None]), importance[group][None], gram[None]
             )
@@ -165,11 +166,9 @@ class Layer:
 
     def _round(self, ready: Prepared, grid: Grid, drift: jax.Array | None) -> Rounded:
         """Return the weight rounded by GPTQ, its rows in their natural order."""
-        order, by = ready.order, None
-        if self.settings.drift and self.settings.correction == "gptaq":
-            by = self._feedback_of_drift(ready, drift)
-        state = self._start(order.take(ready.weight), grid, by is not None)
-        problem = Problem(ready.factor.lower, jnp.asarray(order.groups), drift=by)
+        order = ready.order
+        state = self._start(order.take(ready.weight), grid, drift is not None)
+        problem = Problem(ready.factor.lower, jnp.asarray(order.groups), drift=drift)
         if self._dynamic:
             size = self.view.slots.shape[1]
             sweep = Sweep(self.spec, self._spans, group=size, begin=self._fit(ready))
@@ -210,41 +209,6 @@ class Layer:
             return state.map_rows(order.back)._replace(grid=grid)
 
         return lax.cond(ready.factor.ok, refine, lambda state: state, state)
-
-    # ----------------------------------------------------------------------- drift
-
-    def _feedback_of_drift(self, ready: Prepared, drift: jax.Array | None) -> jax.Array:
-        """Return what GPTAQ feeds back targets by, ``α tril(M⁻ᵀ Dᵀ, −1)``.
-
-        GPTAQ (Li et al. 2025, https://arxiv.org/abs/2504.02692) adds
-        ``w_i P_{i,i+1:}`` with ``P = α triu(D Uᵀ, 1) U``; summed up over earlier rows
-        as in `feedback.Sweep`, the last ``U`` cancels.
-        """
-        assert drift is not None
-        order = ready.order
-        moved = order.take(order.take(drift / ready.curvature.unit), axis=1)
-        by = lax.linalg.triangular_solve(
-            ready.factor.lower, moved.T, left_side=True, lower=True, transpose_a=True
-        )
-        by = self.settings.drift * jnp.tril(by, -1)
-        return jnp.where(ready.factor.ok & jnp.all(jnp.isfinite(by)), by, 0.0)
-
-    def _least_squares(self, ready: Prepared, drift: jax.Array | None) -> jax.Array:
-        """Return ``W + α H⁻¹ Dᵀ W``, whose output on the quantized prefix is nearest.
-
-        It minimizes ``‖X W* − X_float W‖²`` for ``α = 1``; ``H`` is damped.
-        """
-        assert drift is not None
-        order, lower = ready.order, ready.factor.lower
-        moved = jnp.dot(drift.T / ready.curvature.unit, ready.weight, precision=HIGHEST)
-        # H = MᵀM
-        half = lax.linalg.triangular_solve(
-            lower, order.take(moved), left_side=True, lower=True, transpose_a=True
-        )
-        x = lax.linalg.triangular_solve(lower, half, left_side=True, lower=True)
-        target = ready.weight + self.settings.drift * order.back(x)
-        usable = ready.factor.ok & jnp.all(jnp.isfinite(target))
-        return jnp.where(usable, target, ready.weight)
 
     # ---------------------------------------------------------------------- result
 
