@@ -168,5 +168,5 @@ class Layout:
     name: str
     declines: Callable[[Coding, int, int], str | None]
     prepack: Callable[[jax.Array, Coding], jax.Array]
-    unpack: Callable[[jax.Array, Coding, int], jax.Array]
+    unpack: Callable[[jax.Array, Coding], jax.Array]
     matrix: Callable[[tuple[int, ...], Coding], tuple[int, int]]
