@@ -6,12 +6,18 @@ from pallas_kernels.kernel import Kernel, Layout
 
 # backend -> modules with a KERNEL, in order of preference
 KERNELS: dict[str, tuple[str, ...]] = {
-    "tpu": (),
+    "tpu": (
+        "pallas_kernels.tpu.quantized_activation",
+        "pallas_kernels.tpu.weight_only_decode",
+        "pallas_kernels.tpu.weight_only_prefill",
+    ),
     "gpu": (),
 }
 
 # layout -> the module with the LAYOUT
-LAYOUTS: dict[str, str] = {}
+LAYOUTS: dict[str, str] = {
+    "tpu": "pallas_kernels.tpu.layout",
+}
 
 
 def kernels(backend: str) -> tuple[Kernel, ...]:

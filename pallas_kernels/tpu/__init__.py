@@ -1,0 +1,1 @@
+"""Mosaic TPU kernels: v5e, v5p, v6e, v7x."""

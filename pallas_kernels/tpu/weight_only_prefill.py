@@ -1,0 +1,182 @@
+"""Weight-only products of many rows: bound by the matrix unit.
+
+A block of the weight is scaled and rounded to bfloat16 once, then multiplied with
+hundreds of rows in one long product. That rounding is the price: one half of a unit in
+the last place of bfloat16 per weight.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+from pallas_kernels.epilogue import activation
+from pallas_kernels.kernel import Kernel, Operands, Problem, TileRow
+from pallas_kernels.reference import Case, matmul
+from pallas_kernels.tpu.geometry import Geometry, Tile, stacked
+from pallas_kernels.tpu.layout import stored
+from pallas_kernels.tpu.weight_only_decode import shifted_zeros, weight_only_declines
+
+ANY = 1 << 30
+
+TILES = (
+    TileRow("*", 256, Tile(256, 512, 2048)),
+    TileRow("*", ANY, Tile(512, 1024, 1024)),
+)
+
+
+def weight_only_prefill(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    layer: jax.Array | None = None,
+    *,
+    group: int,
+    factor: float = 1.0,
+    bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+    epilogue: str | None = None,
+    tile: Tile = TILES[-1].tile,
+    out_dtype: DTypeLike | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """Return ``f((x · input_scale) @ ((codes − zeros) · scales · factor) + bias)``.
+
+    ``y = x @ bfloat16((c − z) · s)`` with float32 sums. The arguments are those of
+    `pallas_kernels.tpu.weight_only_decode.weight_only_decode`.
+
+    Returns:
+        ``[M, N]``.
+    """
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    codes, scales, zeros, layer = stacked(codes, scales, zeros, layer)
+    geometry = Geometry.of(x, codes, group, tile)
+    if input_scale is not None:
+        x = (x.astype(jnp.float32) * input_scale.astype(jnp.float32)).astype(x.dtype)
+    x = geometry.padded(x).astype(jnp.bfloat16)
+    operands = [
+        (geometry.x_spec(), x),
+        (geometry.codes_spec(), codes),
+        (geometry.scales_spec(), scales),
+    ]
+    if zeros is not None:
+        operands.append((geometry.scales_spec(), zeros.astype(jnp.float32)))
+    if bias is not None:
+        operands.append((geometry.bias_spec(), bias[None].astype(jnp.float32)))
+    body = functools.partial(
+        _body, Flags(geometry, zeros is not None, bias is not None, factor, epilogue)
+    )
+    scratch = [pltpu.VMEM((geometry.m, geometry.n), jnp.float32)]
+    return geometry.call(body, layer, operands, out_dtype, scratch, interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """What the body of the kernel is to do, beside its arrays."""
+
+    geometry: Geometry
+    zeros: bool
+    bias: bool
+    factor: float
+    epilogue: str | None
+
+
+def _body(
+    flags: Flags, layer: Any, x: Any, codes: Any, scales: Any, *rest: Any
+) -> None:
+    """Add one block of K to the sum; after the last, write it."""
+    *optional, out, total = rest
+    g = flags.geometry
+    zero = optional[0][...] if flags.zeros else None
+
+    @pl.when(pl.program_id(2) == 0)
+    def _() -> None:
+        total[...] = jnp.zeros_like(total)
+
+    scale = scales[...].astype(jnp.float32)
+    w = _weight(codes, scale, zero, g)
+    if g.ragged:
+        w = g.masked(w, 1)
+    total[...] += jnp.dot(x[...], w, preferred_element_type=jnp.float32)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _() -> None:
+        y = total[...] if g.grouped else total[...] * scale
+        y = y * flags.factor if flags.factor != 1.0 else y
+        y = y + optional[-1][...] if flags.bias else y
+        out[...] = activation(flags.epilogue)(y).astype(out.dtype)
+
+
+def _weight(
+    codes: Any, scale: jax.Array, zero: jax.Array | None, g: Geometry
+) -> jax.Array:
+    """Return a block of the weight in bfloat16; scaled when it has several groups."""
+    if not g.grouped:
+        if zero is None:
+            return codes[...].astype(jnp.bfloat16)
+        return (codes[...].astype(jnp.float32) - zero).astype(jnp.bfloat16)
+    parts: list[jax.Array] = []
+    for i in range(g.groups):
+        rows = slice(i * g.group, min((i + 1) * g.group, g.k))
+        w = codes[rows].astype(jnp.float32)
+        w = w if zero is None else w - zero[i : i + 1]
+        parts.append((w * scale[i : i + 1]).astype(jnp.bfloat16))
+    return jnp.concatenate(parts)
+
+
+def reference(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    layer: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Return the same in float32 and plain jnp (see `pallas_kernels.reference`)."""
+    return matmul(x, codes, scales, zeros, layer, **options)
+
+
+CASES = (
+    Case("w4 g128", 144, 512, 256, "int4", 128),
+    Case("w4 channel zeros", 16, 384, 256, "int4", None, zeros=True),
+    Case(
+        "w4 g32 zeros, float32", 33, 512, 128, "int4", 32, zeros=True, dtype="float32"
+    ),
+    Case("w8 g128, stacked", 20, 256, 256, "int8", 128, layers=2),
+    Case("w4 g64, odd, stacked", 7, 1320, 200, "int4", 64, layers=2),
+    Case("w8 channel, all options", 16, 256, 128, "int8", None, options=True),
+)
+
+
+def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
+    """Run on the operands of a problem."""
+    form = stored(p.coding)
+    return weight_only_prefill(
+        a.x,
+        a.codes,
+        a.scales,
+        shifted_zeros(a, form.shift),
+        a.layer,
+        group=p.group,
+        factor=form.factor,
+        tile=tile,
+        out_dtype=p.out_dtype,
+        interpret=interpret,
+    )
+
+
+KERNEL = Kernel(
+    "tpu.weight_only_prefill",
+    "tpu",
+    ("v5e", "v5p", "v6e", "v7x"),
+    "tpu",
+    weight_only_declines,
+    run,
+    TILES,
+)
