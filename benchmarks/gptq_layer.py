@@ -26,8 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "as published": {**PUBLISHED, "order": "natural"},
     "static order of activations": PUBLISHED,
     "jaxq's default": {},
-    "and two sweeps": {"sweeps": 2},
-    "one scale search by output": {"search": "output"},
+    "default and two sweeps": {"sweeps": 2},
+    "default, search by output": {"search": "output"},
 }
 ABOUT = """\
 One square float32 weight, 4 bits asymmetric in groups of 128, its Gram matrix given.

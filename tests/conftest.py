@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 # Read once, when JAX first looks for devices: must precede the import of jax.
 _FLAG = "--xla_force_host_platform_device_count"
@@ -24,6 +25,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples on every machine; a slow shared core is not a failure.
 settings.register_profile("jaxq", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jaxq")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled() -> Iterator[None]:
+    """Free a module's compiled functions when its last test has run.
+
+    Each holds about eight memory mappings, and Linux allows a process 65,530: past them
+    the compiler crashes. Only a suite of thousands of functions gets there.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

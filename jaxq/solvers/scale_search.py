@@ -68,16 +68,14 @@ def importance(
 
     An error costs as much as its row is important.
     """
-    x = groups.weight
     h = groups.importance
-    h = None if h is None else h.reshape(-1, *(1,) * (x.ndim - 1))
+    h = jnp.ones(len(groups.weight), jnp.float32) if h is None else h
 
     def loss(error: jax.Array) -> jax.Array:
         size = jnp.square(error) if exponent == 2 else jnp.abs(error) ** exponent
-        size = size if h is None else h * size
-        return jnp.sum(to_blocks(size, where.block), block_axes(x.ndim))
+        return _per_block(h, size, where)
 
-    return best_range(x, spec, where, loss, (steps, smallest))
+    return best_range(groups.weight, spec, where, loss, (steps, smallest))
 
 
 def output(
@@ -93,17 +91,26 @@ def output(
     ``δᵀ H_gg δ`` with ``δ = w − ŵ``: unlike `importance` it knows which activations of
     a group go together (AWQ's clip search measures the same on samples).
     """
-    x = groups.weight
     assert groups.gram is not None
     gram = groups.gram
 
     def loss(error: jax.Array) -> jax.Array:
         flat = error.reshape(len(error), -1)
         felt = jnp.dot(gram, flat, precision=lax.Precision.HIGHEST)
-        cost = (flat * felt).reshape(error.shape)
-        return jnp.sum(to_blocks(cost, where.block), block_axes(x.ndim))
+        ones = jnp.ones(len(error), jnp.float32)
+        return _per_block(ones, (flat * felt).reshape(error.shape), where)
 
-    return best_range(x, spec, where, loss, (steps, smallest))
+    return best_range(groups.weight, spec, where, loss, (steps, smallest))
+
+
+def _per_block(h: jax.Array, cost: jax.Array, where: Blocking) -> jax.Array:
+    """Return the costs of rows, weighed by ``h``, summed over every block.
+
+    As a product with a vector: XLA:CPU sums over rows three times slower.
+    """
+    columns = jnp.dot(h, cost.reshape(len(cost), -1), precision=lax.Precision.HIGHEST)
+    blocks = to_blocks(columns.reshape(cost.shape[1:]), where.block[1:])
+    return jnp.sum(blocks, block_axes(cost.ndim - 1))[None]
 
 
 # Ranges up to this much wider than the extremes are tried: a zero point is an integer,
