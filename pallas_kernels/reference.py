@@ -25,6 +25,7 @@ class Case:
         zeros: whether there are zero points.
         layers: stacked weights, or None.
         dtype: of the activation.
+        scale: the dtype of the scales.
         rounded: what the activation is rounded to, or None.
         options: whether there are a bias, an input scale and an epilogue.
     """
@@ -38,6 +39,7 @@ class Case:
     zeros: bool = False
     layers: int | None = None
     dtype: str = "bfloat16"
+    scale: str = "float32"
     rounded: str | None = None
     options: bool = False
 
@@ -54,7 +56,7 @@ class Case:
         x = random.standard_normal((self.rows, self.inner)).astype(self.dtype)
         codes = elements(random, (*lead, self.inner, self.columns), self.weight)
         shape = (*lead, groups, self.columns)
-        scales = random.uniform(0.005, 0.02, shape).astype(np.float32)
+        scales = random.uniform(0.005, 0.02, shape).astype(self.scale)
         zeros = random.integers(-5, 6, shape).astype(np.int32) if self.zeros else None
         layer = None if self.layers is None else jnp.int32(self.layers - 1)
         options: dict[str, Any] = {"group": self.group_rows}

@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES, LANES = 8, 128
 ROWS = 16  # bfloat16 rows of a register
+STEP_ROWS = 256  # rows of a weight whose work takes as long as what each step adds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Geometry:
         group = min(group, inner)
         unit = LANES if group == inner else math.lcm(SUBLANES * group, LANES)
         m = min(tile.m, _up(rows, ROWS))
-        n = columns if columns <= tile.n else tile.n
+        n = columns if columns <= tile.n else _even_block(columns, tile.n)
         return cls(rows, inner, columns, group, m, n, _inner_block(inner, tile.k, unit))
 
     @property
@@ -215,14 +216,19 @@ def stacked(
 
 
 def _inner_block(inner: int, most: int, unit: int) -> int:
-    """Return rows per block: all, or the largest multiple of ``unit`` that divides.
+    """Return rows per block: all, or the multiple of ``unit`` that costs least.
 
-    Blocks that divide K need no mask; but twice as many steps would cost more.
+    A step costs its rows, those over the edge too, and as much as `STEP_ROWS` more.
     """
-    if inner <= most or most < unit:
+    if inner <= most * 3 // 2 or most < unit:
         return inner
-    steps = range(most // unit * unit, most // 2, -unit)
-    return next((k for k in steps if inner % k == 0), most // unit * unit)
+    blocks = range(unit, most + 1, unit)
+    return min(reversed(blocks), key=lambda k: -(-inner // k) * (k + STEP_ROWS))
+
+
+def _even_block(columns: int, most: int) -> int:
+    """Return columns per block: as many blocks as needed, all about as wide."""
+    return _up(-(-columns // -(-columns // most)), LANES)
 
 
 def _up(n: int, unit: int) -> int:

@@ -27,7 +27,7 @@ ANY = 1 << 30
 KEPT_BYTES = 16 << 20  # of the rounded activation in vector memory
 
 TILES = (
-    TileRow("*", 128, Tile(128, 512, 4096)),
+    TileRow("*", 128, Tile(128, 1024, 4096)),
     TileRow("*", ANY, Tile(512, 1024, 1024)),
 )
 

@@ -24,10 +24,7 @@ from pallas_kernels.tpu.layout import stored
 
 MOST_ROWS = 128  # beyond, scaling partial sums costs more than scaling weights
 
-TILES = (
-    TileRow("v7x", MOST_ROWS, Tile(128, 512, 4096)),
-    TileRow("*", MOST_ROWS, Tile(128, 512, 4096)),
-)
+TILES = (TileRow("*", MOST_ROWS, Tile(128, 1024, 4096)),)
 
 
 def weight_only_decode(

@@ -18,15 +18,32 @@ from jax.typing import DTypeLike
 from pallas_kernels.epilogue import activation
 from pallas_kernels.kernel import Kernel, Operands, Problem, TileRow
 from pallas_kernels.reference import Case, matmul
-from pallas_kernels.tpu.geometry import Geometry, Tile, stacked
+from pallas_kernels.tpu import geometry as blocks
+from pallas_kernels.tpu.geometry import Geometry, stacked
 from pallas_kernels.tpu.layout import stored
 from pallas_kernels.tpu.weight_only_decode import shifted_zeros, weight_only_declines
 
 ANY = 1 << 30
 
+
+@dataclasses.dataclass(frozen=True)
+class Tile(blocks.Tile):
+    """Block sizes, and how elements become float32.
+
+    Attributes:
+        through_bfloat16: first to bfloat16; cheaper where vector units know that dtype.
+    """
+
+    through_bfloat16: bool = False
+
+
 TILES = (
+    TileRow("v6e", 256, Tile(256, 512, 2048, through_bfloat16=True)),
+    TileRow("v7x", 256, Tile(256, 512, 2048, through_bfloat16=True)),
     TileRow("*", 256, Tile(256, 512, 2048)),
-    TileRow("*", ANY, Tile(512, 1024, 1024)),
+    TileRow("v6e", ANY, Tile(512, 512, 2048, through_bfloat16=True)),
+    TileRow("v7x", ANY, Tile(512, 512, 2048, through_bfloat16=True)),
+    TileRow("*", ANY, Tile(512, 512, 2048)),
 )
 
 
@@ -69,9 +86,11 @@ def weight_only_prefill(
         operands.append((geometry.scales_spec(), zeros.astype(jnp.float32)))
     if bias is not None:
         operands.append((geometry.bias_spec(), bias[None].astype(jnp.float32)))
-    body = functools.partial(
-        _body, Flags(geometry, zeros is not None, bias is not None, factor, epilogue)
+    through = tile.through_bfloat16
+    flags = Flags(
+        geometry, zeros is not None, bias is not None, factor, epilogue, through
     )
+    body = functools.partial(_body, flags)
     scratch = [pltpu.VMEM((geometry.m, geometry.n), jnp.float32)]
     return geometry.call(body, layer, operands, out_dtype, scratch, interpret)
 
@@ -85,6 +104,7 @@ class Flags:
     bias: bool
     factor: float
     epilogue: str | None
+    through_bfloat16: bool
 
 
 def _body(
@@ -99,35 +119,43 @@ def _body(
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    scale = scales[...].astype(jnp.float32)
-    w = _weight(codes, scale, zero, g)
+    w = _weight(codes[...], scales[...], zero, flags)
     if g.ragged:
         w = g.masked(w, 1)
     total[...] += jnp.dot(x[...], w, preferred_element_type=jnp.float32)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _() -> None:
-        y = total[...] if g.grouped else total[...] * scale
+        y = total[...] if g.grouped else total[...] * scales[...].astype(jnp.float32)
         y = y * flags.factor if flags.factor != 1.0 else y
         y = y + optional[-1][...] if flags.bias else y
         out[...] = activation(flags.epilogue)(y).astype(out.dtype)
 
 
 def _weight(
-    codes: Any, scale: jax.Array, zero: jax.Array | None, g: Geometry
+    elements: jax.Array, scale: jax.Array, zero: jax.Array | None, flags: Flags
 ) -> jax.Array:
-    """Return a block of the weight in bfloat16; scaled when it has several groups."""
+    """Return a block of the weight in bfloat16; scaled when it has several groups.
+
+    Integers of 9 bits are exact in bfloat16, so with a scale in bfloat16 the product is
+    rounded once, as it is in float32.
+    """
+    g = flags.geometry
     if not g.grouped:
-        if zero is None:
-            return codes[...].astype(jnp.bfloat16)
-        return (codes[...].astype(jnp.float32) - zero).astype(jnp.bfloat16)
-    parts: list[jax.Array] = []
-    for i in range(g.groups):
-        rows = slice(i * g.group, min((i + 1) * g.group, g.k))
-        w = codes[rows].astype(jnp.float32)
-        w = w if zero is None else w - zero[i : i + 1]
-        parts.append((w * scale[i : i + 1]).astype(jnp.bfloat16))
-    return jnp.concatenate(parts)
+        w = elements.astype(jnp.float32 if zero is not None else jnp.bfloat16)
+        return (w if zero is None else w - zero).astype(jnp.bfloat16)
+    wide = scale.dtype if scale.dtype == jnp.bfloat16 else jnp.float32
+    if flags.through_bfloat16:
+        elements = elements.astype(jnp.bfloat16)
+    w = elements.astype(wide)
+    if zero is not None:
+        w = w - _per_row(zero.astype(wide), g)
+    return (w * _per_row(scale.astype(wide), g)).astype(jnp.bfloat16)
+
+
+def _per_row(values: jax.Array, g: Geometry) -> jax.Array:
+    """Spread ``[groups, n]`` over the rows of a block."""
+    return jnp.repeat(values, g.group, axis=0)[: g.k]
 
 
 def reference(
@@ -148,7 +176,16 @@ CASES = (
     Case(
         "w4 g32 zeros, float32", 33, 512, 128, "int4", 32, zeros=True, dtype="float32"
     ),
-    Case("w8 g128, stacked", 20, 256, 256, "int8", 128, layers=2),
+    Case(
+        "w8 g128 zeros, bfloat16 scales",
+        20,
+        256,
+        256,
+        "int8",
+        128,
+        zeros=True,
+        scale="bfloat16",
+    ),
     Case("w4 g64, odd, stacked", 7, 1320, 200, "int4", 64, layers=2),
     Case("w8 channel, all options", 16, 256, 128, "int8", None, options=True),
 )
