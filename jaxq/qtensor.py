@@ -11,9 +11,10 @@ from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 
 from jaxq.blocks import spread
-from jaxq.scales import load_scale, rounded
+from jaxq.scales import divide, load_scale, rounded
 from jaxq.spec import QuantSpec
-from pallas_kernels import layouts
+from pallas_kernels import layouts, table
+from pallas_kernels.kernel import Coding
 
 DATA_FIELDS = (
     "codes",
@@ -53,11 +54,12 @@ class QTensor:
     taken away by `jax.vmap`, `jax.lax.scan` or indexing, as with any array.
 
     Attributes:
-        codes: uint8, packed along ``axis`` (see `pallas_kernels.layouts`).
+        codes: uint8, packed along ``axis`` (see `pallas_kernels.layouts`); in a layout
+            other than ``"planar"`` what that layout makes of them.
         scales: one per block, in the storage of ``spec.scale``; a `QTensor` when the
             scales are quantized themselves.
         zeros: integer zero point per block, or None when symmetric.
-        offset: float32 added after scaling, or None.
+        offset: float32 added after scaling, one per block or for all, or None.
         input_scale: float32 factor per contracted element, or None; a matrix product
             may apply it to the activation instead of the weight. One per stored row.
         input_index: int32 channel of the activation that meets each stored row: as long
@@ -108,6 +110,10 @@ class QTensor:
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the codes, unpacked: `shape`, but for an ``input_index``."""
         shape = list(self.codes.shape)
+        if self.layout != "planar":
+            matrix = table.layout(self.layout).matrix(self.codes.shape, self.coding)
+            shape[-2:] = matrix[0] - self.padding, matrix[1]
+            return tuple(shape)
         shape[self.axis] = shape[self.axis] * 8 // self.spec.bits - self.padding
         return tuple(shape)
 
@@ -125,12 +131,17 @@ class QTensor:
     def nbytes(self) -> int:
         """Stored bytes: codes, scales, zero points and everything else."""
         leaves = jax.tree.leaves(self)
-        return sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in leaves)
+        return sum(math.prod(a.shape) * _bits(a.dtype) for a in leaves) // 8
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per element, everything included."""
         return self.nbytes * 8 / max(self.size, 1)
+
+    @property
+    def coding(self) -> Coding:
+        """What a kernel must know of the codes."""
+        return self.spec.number_format.coding(self.pack)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -147,8 +158,10 @@ class QTensor:
 
     def code_values(self) -> jax.Array:
         """Return the codes as float32 numbers in code units, unpacked, unpadded."""
-        bits = self.spec.bits
-        codes = layouts.unpack(self.codes, bits, self.axis % self.ndim, self.pack)
+        bits, codes = self.spec.bits, self.codes
+        if self.layout != "planar":
+            codes = table.layout(self.layout).unpack(codes, self.coding)
+        codes = layouts.unpack(codes, bits, self.axis % self.ndim, self.pack)
         if self.padding:
             length = codes.shape[self.axis] - self.padding
             codes = jax.lax.slice_in_dim(codes, 0, length, axis=self.axis % self.ndim)
@@ -167,9 +180,14 @@ class QTensor:
         if self.zeros is not None:
             zeros = self.zeros.astype(jnp.float32)
             values = values - spread(zeros, self.blocks, shape)
-        values = values * spread(self.scale_values(), self.blocks, shape)
+        scales = self.scales
+        if self.spec.scale == "inverse_float32" and not isinstance(scales, QTensor):
+            values = divide(values, spread(scales, self.blocks, shape))
+        else:
+            values = values * spread(self.scale_values(), self.blocks, shape)
         if self.offset is not None:
-            values = rounded(values) + self.offset
+            offset = spread(self.offset, self.blocks, shape)
+            values = rounded(values) + offset
         if self.input_scale is not None:
             values = values * self.input_scale
         if self.input_index is not None:
@@ -192,6 +210,12 @@ class QTensor:
 
 
 register_dataclass(QTensor, DATA_FIELDS, STATIC_FIELDS)
+
+
+def _bits(dtype: Any) -> int:
+    """Return the bits of an array's element: int4 takes half a byte."""
+    dtype = jnp.dtype(dtype)
+    return 4 if dtype.name in ("int4", "uint4") else dtype.itemsize * 8
 
 
 def _sum_rows(

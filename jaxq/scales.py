@@ -70,6 +70,8 @@ def store_scale(scale: jax.Array, dtype: str) -> jax.Array:
         return jnp.clip(scale, -largest, largest).astype(dtype)
     if dtype == "e4m3":
         return FORMATS["fp8_e4m3"].encode(scale)
+    if dtype == "inverse_float32":
+        return divide(jnp.ones_like(scale, jnp.float32), scale)
     bits = lax.bitcast_convert_type(scale.astype(jnp.float32), jnp.uint32)
     return ((bits >> 23) & 0xFF).astype(jnp.uint8)
 
@@ -80,6 +82,8 @@ def load_scale(stored: jax.Array, dtype: str) -> jax.Array:
         return stored.astype(jnp.float32)
     if dtype == "e4m3":
         return FORMATS["fp8_e4m3"].decode(stored)
+    if dtype == "inverse_float32":
+        return divide(jnp.ones_like(stored, jnp.float32), stored)
     # 2^(e − 127); the exponent 0 is a subnormal number in float32
     bits = jnp.where(
         stored == 0, jnp.uint32(0x00400000), stored.astype(jnp.uint32) << 23

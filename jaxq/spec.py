@@ -11,7 +11,10 @@ Block = str | int | tuple[int, int]
 
 BLOCKS = ("tensor", "channel", "token")
 GRIDS = ("restricted", "gptq", "full")
-SCALE_DTYPES = ("float32", "bfloat16", "float16", "e4m3", "e8m0")
+SCALE_DTYPES = (
+    *("float32", "bfloat16", "float16"),
+    *("e4m3", "e8m0", "inverse_float32"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +33,10 @@ class QuantSpec:
             ``"gptq"`` (scale ``2a / (2^b-1)``, all codes, both ends clipped a little),
             ``"full"`` (signed scale: the extreme itself is the code ``-2^(b-1)``).
         scale: the dtype scales are stored in, one of ``float32 bfloat16 float16 e4m3
-            e8m0`` (e8m0: a power of two, rounded down as OCP Microscaling does), or a
-            `QuantSpec` by which the scales are quantized in turn (double quantization).
+            e8m0 inverse_float32`` (e8m0: a power of two, rounded down as OCP
+            Microscaling does; inverse_float32: its reciprocal, by which codes are
+            divided), or a `QuantSpec` by which the scales are quantized in turn (double
+            quantization).
         outliers: of an activation only, and only int8 per token: the magnitude from
             which a number counts as an outlier. A column of the activation that holds
             any is multiplied in floats, the others in integers (LLM.int8(), Dettmers

@@ -95,9 +95,15 @@ def test_stored_scales_read_back_as_rounded(dtype, rng):
     rounded = round_scale(jnp.asarray(scale), spec)
     again = load_scale(store_scale(rounded, dtype), dtype)
     np.testing.assert_array_equal(again, rounded)
-    bits = {"float32": 23, "bfloat16": 8, "float16": 11, "e4m3": 4, "e8m0": 0}[dtype]
+    bits, nbytes = {
+        "float32": (23, 4),
+        "bfloat16": (8, 2),
+        "float16": (11, 2),
+        "e4m3": (4, 1),
+        "e8m0": (0, 1),
+        "inverse_float32": (23, 4),
+    }[dtype]
     np.testing.assert_allclose(rounded, scale, rtol=2.0**-bits)
-    nbytes = {"float32": 4, "bfloat16": 2, "float16": 2, "e4m3": 1, "e8m0": 1}[dtype]
     assert store_scale(rounded, dtype).dtype.itemsize == nbytes
 
 

@@ -124,12 +124,14 @@ class Header:
         size: of the file in bytes.
         start: the byte at which the data begin.
         entries: the tensors by name.
+        metadata: what the header says besides, text by key.
     """
 
     path: Path
     size: int
     start: int
     entries: Mapping[str, Entry]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_header(path: Path) -> Header:
@@ -151,9 +153,9 @@ def read_header(path: Path) -> Header:
             )
         where = f"the header of {path} ({size} bytes)"
         parsed = strict_json.parse(file.read(announced), where)
-    parsed.pop("__metadata__", None)
+    metadata = _metadata(parsed.pop("__metadata__", {}), path)
     entries = {n: _entry(f"{path}: tensor {n!a}", e) for n, e in parsed.items()}
-    header = Header(path, size, 8 + announced, entries)
+    header = Header(path, size, 8 + announced, entries, metadata)
     _check_ranges(header)
     return header
 
@@ -179,6 +181,15 @@ class Reader:
         entry = self.entries[name]
         size = entry.end - entry.start
         return np.frombuffer(self._map, np.uint8, size, self._data + entry.start)
+
+
+def _metadata(data: Any, path: Path) -> dict[str, str]:
+    if not isinstance(data, dict) or not all(isinstance(v, str) for v in data.values()):
+        raise CorruptError(
+            f"{path}: __metadata__ is {strict_json.shorten(data)}, not text by key; "
+            "fetch or save it again"
+        )
+    return data
 
 
 def _entry(where: str, data: Any) -> Entry:

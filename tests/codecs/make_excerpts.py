@@ -1,0 +1,70 @@
+"""Cut a few layers out of whole checkpoints: `python -m tests.codecs.make_excerpts`.
+
+Takes folders `format/variant` that hold a checkpoint in `model/` as a real library
+wrote it, and in `ref/dequant_sha256.json` the digest of every weight as that library
+dequantizes it. An excerpt is one safetensors file with the tensors of some layers, as
+they were, and beside it as JSON the quantization config and the digests.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from jaxq.checkpoints.huggingface import read_config
+from jaxq.codecs.reading import find_config, open_checkpoint
+from jaxq.codecs.source import SafetensorsSource
+from tests.codecs.excerpts import DATA, write_raw
+
+USUAL = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj")
+CHOSEN = {
+    "gptq/v1_b4_dynamic_lmhead": ("lm_head", "model.layers.1.self_attn.k_proj"),
+    "fp8_block/deepseek_layout_partial_blocks": ("model.layers.0.mlp.gate_proj",),
+    "fp8_block/transformers_b64": USUAL[:1],
+    "fp8_block/transformers_b128_garbage_scales": ("model.layers.0.self_attn.o_proj",),
+    "compressed_tensors/fp8_block": USUAL[:1],
+    "autoround/auto_round_mixed_bits_bias": (
+        "model.layers.0.mlp.down_proj",
+        "model.layers.0.mlp.up_proj",
+    ),
+    "awq/autoawq_gemm_g32_bias_skip": ("model.layers.0.self_attn.v_proj",),
+}
+
+
+def main(root: Path) -> None:
+    """Write an excerpt of every checkpoint below ``root``."""
+    for digests in sorted(root.glob("*/*/ref/dequant_sha256.json")):
+        folder = digests.parent.parent
+        model = folder / "model"
+        if not (model / "config.json").is_file():
+            continue
+        cut(folder.relative_to(root).as_posix(), model, json.loads(digests.read_text()))
+
+
+def cut(name: str, model: Path, digests: dict[str, dict[str, object]]) -> None:
+    """Write one excerpt."""
+    config = read_config(model)
+    checkpoint = open_checkpoint(model, config)
+    source = checkpoint.source
+    if not isinstance(source, SafetensorsSource) or checkpoint.reader is None:
+        return
+    modules = CHOSEN.get(name, USUAL)
+    parts = [p for module in modules for p in checkpoint.reader.parts(module)]
+    tensors = {p: (source.entry(p)[0], np.asarray(source.read(p))) for p in parts}
+    kept = {f"{module}.weight" for module in modules}
+    metadata = {k: v for k, v in source.metadata.items() if k in kept}
+    manifest = json.loads((model.parent / "manifest.json").read_text())
+    about = {
+        "written_by": manifest.get("written_by", ""),
+        "versions": manifest.get("versions", {}),
+        "quantization_config": find_config(model, config),
+        "weights": {n: digests[n] for n in sorted(kept)},
+    }
+    stem = DATA / name.replace("/", "-")
+    write_raw(stem.with_suffix(".safetensors"), tensors, metadata)
+    stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
