@@ -1,6 +1,7 @@
-"""A float Hugging Face folder as a Flax module and its parameters."""
+"""A Hugging Face folder, float or quantized, as a Flax module and its parameters."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,11 @@ from tokenizers import Tokenizer
 from jaxq.checkpoints.huggingface import (
     CheckpointError,
     lazy_tensors,
-    read_config,
     read_json,
     read_tensors,
 )
+from jaxq.codecs import open_model, read_params
 from jaxq.models.families import Family, find_family
-from jaxq.models.llama import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,19 @@ class HuggingFaceModel:
         tokenizer: None where the folder has no `tokenizer.json`.
         hf_config: `config.json` as written.
         generation: `generation_config.json` as written; empty where there is none.
+        codec: the format of its weights, such as `gptq`, or `float`.
+        notes: what was not taken from the checkpoint as it is, and why, by tensor.
     """
 
     family: Family
-    config: LlamaConfig
+    config: Any
     module: nn.Module
     params: dict[str, Any]
     tokenizer: Tokenizer | None
     hf_config: dict[str, Any]
     generation: dict[str, Any]
+    codec: str = "float"
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def eos(self) -> tuple[int, ...]:
@@ -52,41 +56,45 @@ class HuggingFaceModel:
 def load_huggingface(
     folder: str | Path, dtype: Any = None, *, lazy: bool = False
 ) -> HuggingFaceModel:
-    """Load a float model from a Hugging Face folder, tensor by tensor.
+    """Load a model from a Hugging Face folder, tensor by tensor.
+
+    Quantized weights stay as they are: they become `QTensor`s.
 
     Args:
-        folder: holds `config.json` and safetensors, sharded or not.
+        folder: holds `config.json` and safetensors, sharded or not; or a GGUF file.
         dtype: of the parameters; None keeps the checkpoint's. The model computes in the
             dtype of its parameters.
-        lazy: whether parameters are `LazyArray`s, read when asked.
+        lazy: whether the parameters of a float model are `LazyArray`s, read when asked.
 
     Raises:
         FileNotFoundError: the folder, its config or some of its weights are missing.
         ConfigError: the config asks for something that is not implemented.
         UnknownNameError: the architecture is not known.
-        CheckpointError: a file is damaged or does not fit the config, or the model is
-            quantized already.
+        CheckpointError: a file is damaged or does not fit the config.
+        UnsupportedError: the weights are in a format that is not known.
     """
-    hf_config = read_config(folder)
-    if hf_config.get("quantization_config"):
-        method = hf_config["quantization_config"].get("quant_method", "an unnamed way")
-        raise CheckpointError(
-            f"{folder} is already quantized ({method}), and reading that is not "
-            "implemented; load the float model it was made from"
-        )
+    path = Path(folder)
+    hf_config, checkpoint = open_model(path)
+    path = path.parent if path.is_file() else path
     family = find_family(hf_config)
     config = family.read_config(hf_config)
-    ignore = ("rotary_emb.inv_freq",) + (("lm_head.weight",) if config.tied else ())
-    read = lazy_tensors if lazy else read_tensors
-    params = read(folder, family.slots(config), dtype, ignore)
+    slots, unread = family.slots(config, checkpoint), family.unread(config)
+    notes: dict[str, str] = {}
+    if checkpoint.codec == "float":
+        read = lazy_tensors if lazy else read_tensors
+        params = read(path, slots, dtype, unread)
+    else:
+        params, notes = read_params(checkpoint, slots, dtype, unread)
     return HuggingFaceModel(
         family=family,
         config=config,
         module=family.module(config),
         params=params,
-        tokenizer=read_tokenizer(folder),
+        tokenizer=read_tokenizer(path),
         hf_config=hf_config,
-        generation=_read_generation(Path(folder)),
+        generation=_read_generation(path),
+        codec=checkpoint.codec,
+        notes=notes,
     )
 
 

@@ -15,6 +15,7 @@ from jaxq.checkpoints.errors import VersionError as VersionError
 from jaxq.checkpoints.errors import WriteError as WriteError
 from jaxq.checkpoints.identity import file_identity as file_identity
 from jaxq.checkpoints.lazy import LazyArray as LazyArray
+from jaxq.checkpoints.lazy import LazyStack as LazyStack
 from jaxq.checkpoints.loading import load as load
 from jaxq.checkpoints.loading import load_abstract as load_abstract
 from jaxq.checkpoints.manifest import is_jaxq_checkpoint as is_jaxq_checkpoint

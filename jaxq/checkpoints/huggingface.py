@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxq.checkpoints.errors import CheckpointError
-from jaxq.checkpoints.lazy import FLOATS, LazyArray
+from jaxq.checkpoints.lazy import FLOATS, LazyArray, LazyStack
 from jaxq.checkpoints.safetensors import Header, read_header
 
 SINGLE = "model.safetensors"
@@ -42,6 +42,13 @@ class Slot(Protocol):
     @property
     def transposed(self) -> bool:
         """Whether the leaf is the tensor transposed."""
+
+    @property
+    def place(self) -> int | None:
+        """The tensor's place in a leaf that stacks several; None for a leaf of its own.
+
+        Several slots then have the same path, and the places 0, 1, 2 ...
+        """
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -248,14 +255,26 @@ def _shard(folder: Path, shard: str) -> Header:
 
 def _lazy_leaves(
     folder: str | Path, slots: Mapping[str, Slot], dtype: Any, ignore: tuple[str, ...]
-) -> list[tuple[tuple[str, ...], LazyArray]]:
-    """Return path and tensor of every slot, all of them checked."""
+) -> list[tuple[tuple[str, ...], LazyArray | LazyStack]]:
+    """Return path and tensors of every leaf, all of them checked."""
     headers = locate(folder)
     _compare_names(Path(folder), set(headers), set(slots), ignore)
-    return [
-        (slot.path, _lazy(headers[name], name, slot, dtype))
-        for name, slot in slots.items()
-    ]
+    leaves: dict[tuple[str, ...], LazyArray | LazyStack] = {}
+    stacks: dict[tuple[str, ...], dict[int, LazyArray]] = {}
+    for name, slot in slots.items():
+        tensor = _lazy(headers[name], name, slot, dtype)
+        if slot.place is None:
+            leaves[slot.path] = tensor
+        else:
+            stacks.setdefault(slot.path, {})[slot.place] = tensor
+    for path, parts in stacks.items():
+        leaves[path] = LazyStack(tuple(parts[place] for place in sorted(parts)))
+        if len({part.dtype for part in parts.values()}) > 1:
+            raise CheckpointError(
+                f"{folder}: the tensors that {'/'.join(path)} stacks have different "
+                "dtypes; give a dtype to convert them to"
+            )
+    return list(leaves.items())
 
 
 def _lazy(header: Header, name: str, slot: Slot, dtype: Any) -> LazyArray:
@@ -281,6 +300,8 @@ def _leaf(params: Mapping[str, Any], name: str, slot: Slot) -> Any:
                 f"params has no {'/'.join(slot.path)}, to be written as {name!r}"
             )
         leaf = leaf[key]
+    if slot.place is not None:
+        leaf = leaf[slot.place]
     shape = leaf.shape[::-1] if slot.transposed else leaf.shape
     if shape != slot.shape:
         raise CheckpointError(

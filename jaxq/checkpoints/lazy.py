@@ -1,4 +1,4 @@
-"""A tensor that stays in its file until it is read."""
+"""Tensors that stay in their files until they are read: one, or a stack of several."""
 
 import dataclasses
 import math
@@ -189,3 +189,74 @@ class LazyArray:
                 f"{self.path} changed since it was opened: it had {self.file_bytes} "
                 f"bytes, and has {found}; leave the model alone while it is read"
             )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LazyStack:
+    """Several tensors of one shape and dtype, read as one with a leading axis.
+
+    Experts are apart in most checkpoints, and one weight in the model.
+
+    Attributes:
+        parts: the tensors, in order; at least one.
+    """
+
+    parts: tuple[LazyArray, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of what `read` returns."""
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what `read` returns."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def ndim(self) -> int:
+        """The rank."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what `read` returns."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype alone, as JAX takes them."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def read(self) -> np.ndarray:
+        """Return the numbers; beside them, one part at a time is in memory.
+
+        Raises:
+            MissingFileError: a file cannot be read any more.
+            CorruptError: a file has another size than when its header was read.
+        """
+        out = np.empty(self.shape, self.dtype)
+        for place, part in enumerate(self.parts):
+            out[place] = part.read()
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Read, for NumPy's functions."""
+        if copy is False:
+            raise ValueError(f"{self!r} is on the disk: it cannot be had uncopied")
+        array = self.read()
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __repr__(self) -> str:
+        """Say dtype, shape and origin in one line."""
+        shape = ", ".join(map(str, self.shape))
+        first = self.parts[0]
+        return (
+            f"LazyStack({self.dtype.name}[{shape}], {first.name!r} and "
+            f"{len(self.parts) - 1} more of {first.path.name})"
+        )

@@ -31,7 +31,7 @@ from jaxq.checkpoints.errors import (
     UnsupportedError,
     WriteError,
 )
-from jaxq.checkpoints.lazy import LazyArray
+from jaxq.checkpoints.lazy import LazyArray, LazyStack
 from jaxq.checkpoints.manifest import DataFile
 
 Tensors = Mapping[str, jax.ShapeDtypeStruct]
@@ -207,7 +207,7 @@ class StreamWriter:
         """
         self._check_open()
         path = path if isinstance(path, str) else "/".join(path)
-        lazy = isinstance(leaf, LazyArray)
+        lazy = isinstance(leaf, LazyArray | LazyStack)
         held = parameter.abstract(path, leaf.abstract if lazy else leaf)
         names = _names(path, held)
         if clash := names & self._taken:

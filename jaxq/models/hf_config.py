@@ -5,12 +5,11 @@ else is worse than one that does not load. So every key is read, or listed as ha
 or listed with the only values implemented; everything else stops with its name.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxq.models.rope import BENDS, Rope
+from jaxq.models.activations import ACTIVATIONS
 
 # Keys that say how to train, store, serve or name a model, not what it computes.
 HARMLESS = frozenset(
@@ -18,32 +17,68 @@ HARMLESS = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
+        "activation_dropout",
         "architectures",
         "attention_dropout",
+        "attention_probs_dropout_prob",
         "attn_implementation",
+        "attn_pdrop",
         "bos_token_id",
+        "cache_implementation",
         "chunk_size_feed_forward",
+        "classifier_dropout",
+        "classifier_dropout_prob",
+        "decoder_start_token_id",
         "do_sample",
+        "dropout",
+        "dropout_rate",
         "dtype",
+        "embd_pdrop",
+        "embedding_dropout",
         "eos_token_id",
         "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "hidden_dropout",
+        "hidden_dropout_prob",
         "id2label",
+        "init_std",
+        "initializer_factor",
         "initializer_range",
         "is_llama_config",
         "label2id",
+        "layerdrop",
+        "masked_softmax_fusion",
         "max_length",
         "max_new_tokens",
         "model_type",
+        "n_ctx",
         "name_or_path",
         "num_beams",
+        "offset_alibi",
         "output_attentions",
         "output_hidden_states",
+        "output_past",
+        "output_router_logits",
         "pad_token_id",
+        "prefix",
         "pretraining_tp",
         "problem_type",
         "quantization_config",
+        "resid_pdrop",
         "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         "sep_token_id",
+        "seq_length",
+        "skip_bias_add",
+        "slow_but_exact",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
         "task_specific_params",
         "temperature",
         "top_k",
@@ -59,39 +94,6 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-ROPE_KEYS: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset(
-        {
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        }
-    ),
-    "yarn": frozenset(
-        {
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        }
-    ),
-}
 
 
 class ConfigError(ValueError):
@@ -156,6 +158,46 @@ class Keys:
                 f"{' or '.join(map(repr, allowed))} only"
             )
 
+    def number(self, key: str, otherwise: float | None = None) -> float | None:
+        """Return a number, or None where there is none.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        value = self.get(key, otherwise)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"config.json: {key!r} is {value!r}; it must be a number")
+        return float(value)
+
+    def flag(self, key: str, otherwise: bool = False) -> bool:
+        """Return whether a switch is on.
+
+        Raises:
+            ConfigError: it is neither on nor off.
+        """
+        value = self.get(key, otherwise)
+        if not isinstance(value, bool):
+            raise ConfigError(
+                f"config.json: {key!r} is {value!r}; it must be true or false"
+            )
+        return value
+
+    def activation(self, key: str, otherwise: str) -> str:
+        """Return the name of an activation function.
+
+        Raises:
+            ConfigError: it is not implemented.
+        """
+        name = self.get(key, otherwise)
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise ConfigError(
+                f"config.json: {key!r} is {name!r}, which changes the computation; "
+                f"implemented are {', '.join(ACTIVATIONS)}"
+            )
+        return name
+
     def refuse_unread(self) -> None:
         """Refuse keys that nobody read.
 
@@ -174,101 +216,3 @@ class Keys:
                 f"change the computation: {listed}. If they do not, remove them (or "
                 "set them to null); if they do, this model needs a family of its own"
             )
-
-
-def read_rope(keys: Keys, context: int) -> Rope:
-    """Read the rotary settings in the spelling of transformers 4 or 5.
-
-    transformers 4 wrote `rope_theta` and `rope_scaling: {"type" | "rope_type": ...}`;
-    5 writes one `rope_parameters: {"rope_type": ..., "rope_theta": ...}`.
-
-    Raises:
-        ConfigError: a scaling that is not implemented, or one with unknown settings.
-    """
-    theta = keys.get("rope_theta", 10_000.0)
-    written = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    keys.get("rope_scaling")
-    keys.require("partial_rotary_factor", 1.0)
-    settings = {key: value for key, value in written.items() if value is not None}
-    kind = settings.pop("type", "default")
-    kind = settings.pop("rope_type", kind)
-    if kind not in BENDS or any(isinstance(value, dict) for value in settings.values()):
-        raise ConfigError(
-            f"config.json: rope scaling {kind!r} of {written!r} is not implemented; "
-            f"implemented are {', '.join(BENDS)}, one for all layers"
-        )
-    theta = settings.pop("rope_theta", theta)
-    if settings.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            "config.json: partial_rotary_factor other than 1 is not implemented"
-        )
-    if unknown := sorted(set(settings) - ROPE_KEYS[kind]):
-        raise ConfigError(
-            f"config.json: rope scaling {kind!r} has the unknown settings "
-            f"{', '.join(unknown)}; known are {', '.join(sorted(ROPE_KEYS[kind]))}"
-        )
-    if kind == "default":
-        return Rope(theta=float(theta))
-    if kind == "linear":
-        return Rope(float(theta), kind, _factor(settings, kind))
-    outer = keys.get("original_max_position_embeddings")
-    inner = settings.get("original_max_position_embeddings", context)
-    original = inner if outer is None else outer
-    if kind == "llama3":
-        return _llama3(float(theta), settings, original)
-    return _yarn(float(theta), settings, original, context)
-
-
-def _factor(settings: Mapping[str, Any], kind: str) -> float:
-    factor = settings.get("factor")
-    if not isinstance(factor, int | float) or factor < 1:
-        raise ConfigError(
-            f"config.json: rope scaling {kind!r} has factor {factor!r}; it must be a "
-            "number of at least 1"
-        )
-    return float(factor)
-
-
-def _llama3(theta: float, settings: Mapping[str, Any], original: int) -> Rope:
-    low, high = settings.get("low_freq_factor"), settings.get("high_freq_factor")
-    if low is None or high is None or not low < high:
-        raise ConfigError(
-            f"config.json: rope scaling 'llama3' has low_freq_factor {low!r} and "
-            f"high_freq_factor {high!r}; it needs both, the first below the second"
-        )
-    return Rope(
-        theta,
-        "llama3",
-        _factor(settings, "llama3"),
-        low_freq_factor=float(low),
-        high_freq_factor=float(high),
-        original_context=original,
-    )
-
-
-def _yarn(
-    theta: float, settings: Mapping[str, Any], original: int, context: int
-) -> Rope:
-    if settings.get("factor") is None:
-        factor = context / original
-    else:
-        factor = _factor(settings, "yarn")
-
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    amplitude = settings.get("attention_factor")
-    if amplitude is None:
-        one, every = settings.get("mscale"), settings.get("mscale_all_dim")
-        both = one and every
-        amplitude = magnitude(one) / magnitude(every) if both else magnitude(1.0)
-    return Rope(
-        theta,
-        "yarn",
-        factor,
-        original_context=original,
-        beta_fast=float(settings.get("beta_fast") or 32),
-        beta_slow=float(settings.get("beta_slow") or 1),
-        truncate=bool(settings.get("truncate", True)),
-        amplitude=float(amplitude),
-    )

@@ -1,228 +1,149 @@
-"""The Llama architecture in Flax Linen, and its relatives that differ by a switch.
+"""The Llama architecture, and what its relatives turn on by a switch.
 
-Nothing here knows of quantization: the layers are `nn.Dense` and `nn.Embed`, and
-`jaxq.quantized(model.apply)` finds their weights in the traced function. Layers are
-unrolled, not scanned, so that every layer can have a format of its own.
+Layers are unrolled, not scanned, so that every layer can have a format of its own.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from jaxq.models.cache import KVCache, LayerCache, append, write
+from jaxq.models.activations import ACTIVATIONS
+from jaxq.models.attention import attend, visible
+from jaxq.models.block import Block
+from jaxq.models.cache import KVCache, LayerCache
+from jaxq.models.causal import (
+    Held,
+    Places,
+    answer,
+    remember,
+    run_layers,
+    take_places,
+)
+from jaxq.models.hf_config import ConfigError, Keys
+from jaxq.models.hf_rope import read_rope
+from jaxq.models.norms import RMSNorm
 from jaxq.models.rope import Rope, rotate
+from jaxq.models.shape import Shape
 
 
-def wide_dot(
-    x: jax.Array,
-    w: jax.Array,
-    dimension_numbers: Any,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-) -> jax.Array:
-    """`lax.dot_general` with a float32 result, whatever the operands.
-
-    Saying so matters on a CPU, too: XLA's bfloat16 matmul with a float32 result is six
-    times faster than the one with a bfloat16 result.
-    """
-    del preferred_element_type
-    return jax.lax.dot_general(
-        x, w, dimension_numbers, precision, preferred_element_type=jnp.float32
-    )
-
-
-def rounded_dot(x: jax.Array, w: jax.Array, *args: Any, **options: Any) -> jax.Array:
-    """`wide_dot`, rounded once, to the dtype of `x`."""
-    return wide_dot(x, w, *args, **options).astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(Shape):
     """The shape of a Llama-like model; what a family's switches turn on.
 
     Attributes:
-        vocab_size: rows of the embedding.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the gated feed-forward layer.
-        num_layers: decoder layers.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides `num_heads`.
-        head_dim: width of one head.
-        context: tokens the model was made for.
-        norm_eps: added to the mean square in every norm.
-        rope: rotary angles.
-        tied: the head is the embedding transposed.
         qkv_bias: biases on the query, key and value projections.
         output_bias: a bias on attention's output projection.
         mlp_bias: biases in the feed-forward layer.
-        qk_norm: an RMS norm over every query and key head (Qwen3).
-        windows: per layer, how many tokens back attention sees; None sees all. An
-            empty tuple is None for every layer.
-        init_scale: standard deviation of fresh weights.
+        qk_norm: an RMS norm over every query and key head (Qwen3, Gemma 3).
+        norm_offset: what is added to the weights of all norms (Gemma).
+        query_scale: of the scores; None is `1 / sqrt(head_dim)`.
+        score_cap: bounds the scores (Gemma 2).
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    context: int = 2048
-    norm_eps: float = 1e-6
-    rope: Rope = Rope()
-    tied: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()
-    init_scale: float = 0.02
+    norm_offset: float = 0.0
+    query_scale: float | None = None
+    score_cap: float | None = None
 
-    def window(self, layer: int) -> int | None:
-        """Return how many tokens back the attention of `layer` sees; None is all."""
-        return self.windows[layer] if self.windows else None
-
-
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x**2) + eps) * weight` over the last axis, in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the normalized `x[..., width]`, in its dtype."""
-        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(square + jnp.float32(self.eps))
-        return (normed * weight.astype(jnp.float32)).astype(x.dtype)
+    def rope_of(self, layer: int) -> Rope:
+        """Return the rotary angles of `layer`."""
+        del layer
+        return self.rope
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """Causal attention with shared key/value heads (GQA) and rotary positions."""
-
-    config: LlamaConfig
-    window: int | None
-    dtype: Any
-    dot_general: Any
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        key_positions: jax.Array,
-        cache: tuple[LayerCache, jax.Array] | None,
+        self, x: jax.Array, places: Places, held: Held
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
-        q = self._heads(x, "q_proj", cfg.num_heads)
-        k = self._heads(x, "k_proj", cfg.num_kv_heads)
-        v = self._heads(x, "v_proj", cfg.num_kv_heads)
+        q, k, v = self.project(x)
         if cfg.qk_norm:
-            q = RMSNorm(cfg.norm_eps, name="q_norm")(q)
-            k = RMSNorm(cfg.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, positions, cfg.rope), rotate(k, positions, cfg.rope)
-        stored = None
-        if cache is not None:
-            stored = write(cache[0], k, v, at=cache[1])
-            k, v = stored.keys.astype(k.dtype), stored.values.astype(v.dtype)
-        mask = visible(positions, key_positions, self.window)
-        mixed = attend(q, k, v, mask).reshape(*x.shape[:2], -1)
-        project = nn.Dense(
-            cfg.hidden_size,
-            use_bias=cfg.output_bias,
-            dtype=self.dtype,
-            dot_general=self.dot_general,
-            kernel_init=nn.initializers.normal(cfg.init_scale),
-            name="o_proj",
+            q = RMSNorm(cfg.norm_eps, cfg.norm_offset, name="q_norm")(q)
+            k = RMSNorm(cfg.norm_eps, cfg.norm_offset, name="k_norm")(k)
+        rope = cfg.rope_of(self.layer)
+        q, k = rotate(q, places.queries, rope), rotate(k, places.queries, rope)
+        k, v, stored = remember(held, k, v)
+        mask = visible(*places, cfg.window(self.layer))
+        mixed = attend(q, k, v, mask, scale=cfg.query_scale, cap=cfg.score_cap)
+        output = self.dense(cfg.hidden_size, "o_proj", cfg.output_bias)
+        return output(mixed.reshape(*x.shape[:2], -1)), stored
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, keys and values, `[B, T, heads, head_dim]`."""
+        cfg = self.config
+
+        def heads(name: str, count: int) -> jax.Array:
+            flat = self.dense(count * cfg.head_dim, name, cfg.qkv_bias)(x)
+            return flat.reshape(*x.shape[:2], count, cfg.head_dim)
+
+        return (
+            heads("q_proj", cfg.num_heads),
+            heads("k_proj", cfg.num_kv_heads),
+            heads("v_proj", cfg.num_kv_heads),
         )
-        return project(mixed), stored
-
-    def _heads(self, x: jax.Array, name: str, heads: int) -> jax.Array:
-        flat = nn.Dense(
-            heads * self.config.head_dim,
-            use_bias=self.config.qkv_bias,
-            dtype=self.dtype,
-            dot_general=self.dot_general,
-            kernel_init=nn.initializers.normal(self.config.init_scale),
-            name=name,
-        )(x)
-        return flat.reshape(*x.shape[:2], heads, self.config.head_dim)
 
 
-class MLP(nn.Module):
-    """`down(silu(gate(x)) * up(x))`."""
-
-    config: LlamaConfig
-    dtype: Any
-    dot_general: Any
+class MLP(Block):
+    """`down(act(gate(x)) * up(x))`."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return the feed-forward output for `x[B, T, hidden]`."""
-        cfg = self.config
-        gate = self._dense(cfg.intermediate_size, "gate_proj")(x)
-        up = self._dense(cfg.intermediate_size, "up_proj")(x)
-        return self._dense(cfg.hidden_size, "down_proj")(nn.silu(gate) * up)
+        gate, up = self.project(x)
+        inner = ACTIVATIONS[self.config.activation](gate) * up
+        bias = self.config.mlp_bias
+        return self.dense(self.config.hidden_size, "down_proj", bias)(inner)
 
-    def _dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(
-            features,
-            use_bias=self.config.mlp_bias,
-            dtype=self.dtype,
-            dot_general=self.dot_general,
-            kernel_init=nn.initializers.normal(self.config.init_scale),
-            name=name,
-        )
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the gate and what it is multiplied with, `[B, T, inner]`."""
+        inner, bias = self.inner(), self.config.mlp_bias
+        gate = self.dense(inner, "gate_proj", bias)(x)
+        return gate, self.dense(inner, "up_proj", bias)(x)
+
+    def inner(self) -> int:
+        """Return the width between the projections."""
+        return self.config.intermediate_size
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Block):
     """Attention and feed-forward, each normed before and added to the stream."""
-
-    config: LlamaConfig
-    window: int | None
-    dtype: Any
-    dot_general: Any
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        key_positions: jax.Array,
-        cache: tuple[LayerCache, jax.Array] | None,
+        self, x: jax.Array, places: Places, held: Held
     ) -> tuple[jax.Array, LayerCache | None]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
-        eps = self.config.norm_eps
-        attention = Attention(
-            self.config, self.window, self.dtype, self.dot_general, name="self_attn"
-        )
-        normed = RMSNorm(eps, name="input_layernorm")(x)
-        mixed, stored = attention(normed, positions, key_positions, cache)
+        normed = self.norm("input_layernorm")(x)
+        mixed, stored = self.attention()(normed, places, held)
         x = x + mixed
-        normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-        mlp = MLP(self.config, self.dtype, self.dot_general, name="mlp")
-        return x + mlp(normed), stored
+        normed = self.norm("post_attention_layernorm")(x)
+        return x + self.feed_forward(normed, places), stored
+
+    def norm(self, name: str) -> RMSNorm:
+        """Return a norm."""
+        return RMSNorm(self.config.norm_eps, self.config.norm_offset, name=name)
+
+    def attention(self) -> Attention:
+        """Return the attention."""
+        return self.part(Attention, "self_attn")
+
+    def feed_forward(self, x: jax.Array, places: Places) -> jax.Array:
+        """Return the feed-forward output for `x[B, T, hidden]`."""
+        del places
+        return self.part(MLP, "mlp")(x)
 
 
-class Llama(nn.Module):
-    """Token ids in, logits out.
-
-    Attributes:
-        config: the shape.
-        dtype: what matmuls compute in; None is the dtype of the parameters. Norms,
-            rotations and the softmax are float32 in any case.
-        dot_general: the projections' matmul, for training with another gradient.
-    """
-
-    config: LlamaConfig
-    dtype: Any = None
-    dot_general: Any = rounded_dot
+class Llama(Block):
+    """Token ids in, logits out."""
 
     @nn.compact
     def __call__(
@@ -243,87 +164,75 @@ class Llama(nn.Module):
             `float32[B, T, vocab]`; with a cache, that and the longer cache.
         """
         cfg = self.config
-        if positions is None:
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-            positions = positions if cache is None else positions + cache.end
-            positions = jnp.broadcast_to(positions, tokens.shape)
-        embed = nn.Embed(
-            cfg.vocab_size,
-            cfg.hidden_size,
-            dtype=self.dtype,
-            embedding_init=nn.initializers.normal(cfg.init_scale),
-            name="embed_tokens",
-        )
-        x = embed(tokens)
-        key_positions = positions
-        if cache is not None:
-            cache = append(cache, positions)
-            key_positions = cache.positions
-        layers: list[Any] = []
-        for index in range(cfg.num_layers):
-            layer = DecoderLayer(
-                cfg,
-                cfg.window(index),
-                self.dtype,
-                self.dot_general,
-                name=f"layers_{index}",
-            )
-            held = None if cache is None else (cache.layers[index], cache.start)
-            x, stored = layer(x, positions, key_positions, held)
-            layers.append(stored)
-        logits = self._head(RMSNorm(cfg.norm_eps, name="norm")(x), embed)
-        if cache is None:
-            return logits
-        return logits, replace(cache, layers=tuple(layers))
+        places, cache = take_places(tokens, positions, cache)
+        embed = self.table(cfg.vocab_size, cfg.hidden_size, "embed_tokens")
+        layers = [
+            self.part(self.layer_kind(), f"layers_{i}", i)
+            for i in range(cfg.num_layers)
+        ]
+        x, cache = run_layers(layers, self.enter(embed(tokens)), places, cache)
+        x = RMSNorm(cfg.norm_eps, cfg.norm_offset, name="norm")(x)
+        return answer(self.leave(self.logits(x, embed)), cache)
 
-    def _head(self, x: jax.Array, embed: nn.Embed) -> jax.Array:
-        """Return float32 logits: rounded to bfloat16, many would be equal."""
-        if self.config.tied:
-            table = embed.embedding.astype(x.dtype)
-            return wide_dot(x, table, (((2,), (1,)), ((), ())))
-        head = nn.Dense(
-            self.config.vocab_size,
-            use_bias=False,
-            dtype=self.dtype,
-            dot_general=wide_dot,
-            kernel_init=nn.initializers.normal(self.config.init_scale),
-            name="lm_head",
-        )
-        return head(x)
+    def layer_kind(self) -> type[DecoderLayer]:
+        """Return the class of the layers."""
+        return DecoderLayer
+
+    def enter(self, x: jax.Array) -> jax.Array:
+        """Return what the first layer takes, of embeddings `[B, T, hidden]`."""
+        return x
+
+    def leave(self, logits: jax.Array) -> jax.Array:
+        """Return what is done to the logits at last."""
+        return logits
 
 
-def visible(
-    positions: jax.Array, key_positions: jax.Array, window: int | None
-) -> jax.Array:
-    """Return `bool[B, T, S]`: which key each query may see.
+def read_llama_shape(keys: Keys, act: str = "hidden_act") -> dict[str, Any]:
+    """Read the sizes that all relatives of Llama name alike.
 
-    A key is seen when it is no padding, not in the future, and less than `window`
-    tokens back.
+    Raises:
+        ConfigError: a size is missing or senseless, or an activation is not known.
     """
-    query, key = positions[:, :, None], key_positions[:, None, :]
-    mask = (key >= 0) & (key <= query)
-    return mask if window is None else mask & (query - key < window)
+    hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    kv_heads = keys.size("num_key_value_heads", heads)
+    head_dim = keys.size("head_dim", max(hidden // heads, 1))
+    if heads % kv_heads or head_dim % 2:
+        raise ConfigError(
+            f"config.json: num_key_value_heads {kv_heads} must divide "
+            f"num_attention_heads {heads}, and head_dim {head_dim} must be even"
+        )
+    keys.require("rope_interleaved", False)
+    return {
+        "vocab_size": keys.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": keys.size("intermediate_size"),
+        "num_layers": keys.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "context": keys.size("max_position_embeddings"),
+        "norm_eps": keys.number("rms_norm_eps", 1e-6),
+        "tied": keys.flag("tie_word_embeddings"),
+        "activation": keys.activation(act, "silu"),
+    }
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute `softmax(q k^T / sqrt(d)) v` where query heads share key heads.
+def with_rope(keys: Keys, shape: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes with the rotary settings, which depend on them."""
+    rope = read_rope(keys, shape["context"], shape["head_dim"])
+    return {**shape, "rope": rope}
 
-    Args:
-        q: `[B, T, heads, d]`.
-        k: `[B, S, kv_heads, d]`; query head `h` uses `h // (heads / kv_heads)`.
-        v: `[B, S, kv_heads, d]`.
-        mask: `bool[B, T, S]`.
 
-    Returns:
-        `[B, T, heads, d]`. A query that may see nothing gets a finite, meaningless row.
+def read_llama(keys: Keys) -> LlamaConfig:
+    """Read the config of a Llama.
+
+    Raises:
+        ConfigError: something is missing, senseless or not implemented.
     """
-    batch, length, heads, width = q.shape
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(width**-0.5)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum(
-        "bkgts,bskd->btkgd", weights, v, preferred_element_type=jnp.float32
+    bias = keys.flag("attention_bias")
+    return LlamaConfig(
+        **with_rope(keys, read_llama_shape(keys)),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=keys.flag("mlp_bias"),
     )
-    return mixed.astype(v.dtype).reshape(batch, length, heads, width)

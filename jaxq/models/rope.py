@@ -17,15 +17,20 @@ class Rope:
 
     Attributes:
         theta: the base of the geometric series of wavelengths.
+        fraction: the share of a head that turns; the rest stays (GPT-NeoX, Phi).
         kind: a key of `BENDS`; the fields below matter for the kinds they name.
-        factor: linear, llama3, yarn: how many times longer the context became.
+        factor: linear, dynamic, llama3, yarn: how many times longer the context became.
         low_freq_factor: llama3: wavelengths above `original_context / this` stretch.
         high_freq_factor: llama3: wavelengths below `original_context / this` stay.
-        original_context: llama3, yarn: tokens the model was first trained on.
+        original_context: dynamic, llama3, yarn, longrope: tokens the model was first
+            trained on.
         beta_fast: yarn: pairs that turn more often than this in that context are kept.
         beta_slow: yarn: pairs that turn less often than this are stretched.
         truncate: yarn: the bounds of the ramp are rounded to whole pairs.
-        amplitude: what cos and sin are multiplied by; yarn's attention factor.
+        short: longrope: what divides each frequency in texts up to that context.
+        long: longrope: what divides it in longer ones.
+        amplitude: what cos and sin are multiplied by: the attention factor of yarn and
+            longrope.
     """
 
     theta: float = 10_000.0
@@ -38,20 +43,46 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     amplitude: float = 1.0
+    fraction: float = 1.0
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    def width(self, head_dim: int) -> int:
+        """Return how many elements of a head turn."""
+        return int(head_dim * self.fraction)
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return radians per position, `float32[head_dim // 2]`."""
-    plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return BENDS[rope.kind](rope, plain).astype(np.float32)
+    """Return radians per position, `float32[pairs]`, in texts of the usual length."""
+    return BENDS[rope.kind](rope, _plain(rope, head_dim)).astype(np.float32)
+
+
+def frequencies_at(rope: Rope, head_dim: int, positions: jax.Array) -> jax.Array:
+    """Return radians per position, `float32[batch or 1, 1, pairs]`.
+
+    They depend on how long a text has become for the kinds in `LENGTH_BENDS`, and then
+    every row of the batch has its own.
+
+    Args:
+        rope: the angles.
+        head_dim: the width of a head.
+        positions: `int[batch, tokens]` of the latest tokens.
+    """
+    usual = jnp.asarray(frequencies(rope, head_dim))
+    bend = LENGTH_BENDS.get(rope.kind)
+    if bend is None:
+        return usual[None, None]
+    tokens = jnp.max(positions, axis=1)[:, None, None] + 1
+    longer = bend(rope, _plain(rope, head_dim), tokens)
+    return jnp.where(tokens > rope.original_context, longer, usual)
 
 
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     """Rotate heads by their positions.
 
-    `(a, b) -> (a cos - b sin, b cos + a sin)` where `a` and `b` are the two halves of a
-    head: the pairing of Hugging Face's Llama, not the interleaved one of the paper
-    (arXiv:2104.09864).
+    `(a, b) -> (a cos - b sin, b cos + a sin)` where `a` and `b` are the two halves of
+    what turns of a head: the pairing of Hugging Face's Llama, not the interleaved one
+    of the paper (arXiv:2104.09864).
 
     Args:
         x: `[batch, tokens, heads, head_dim]`.
@@ -61,13 +92,23 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     Returns:
         The rotated heads, in the dtype of `x`; the arithmetic is float32.
     """
-    angles = positions.astype(jnp.float32)[..., None] * frequencies(rope, x.shape[-1])
+    radians = frequencies_at(rope, x.shape[-1], positions)
+    angles = positions.astype(jnp.float32)[..., None] * radians
     gain = jnp.float32(rope.amplitude)
     cos = (jnp.cos(angles) * gain)[:, :, None, :]
     sin = (jnp.sin(angles) * gain)[:, :, None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    width = rope.width(x.shape[-1])
+    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    whole = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    still = x[..., width:]
+    return jnp.concatenate([whole, still], axis=-1) if still.shape[-1] else whole
+
+
+def _plain(rope: Rope, head_dim: int) -> np.ndarray:
+    """Return `theta ** (-2 i / width)` of every pair."""
+    width = rope.width(head_dim)
+    return rope.theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
 
 
 def _default(rope: Rope, plain: np.ndarray) -> np.ndarray:
@@ -105,4 +146,36 @@ def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     return (1 - ramp) * plain + ramp * plain / rope.factor
 
 
-BENDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """Every wave has a factor of its own (arXiv:2402.13753)."""
+    return plain / np.asarray(rope.short, np.float64)
+
+
+def _longrope_longer(rope: Rope, plain: np.ndarray, tokens: jax.Array) -> jax.Array:
+    del tokens
+    return jnp.asarray(plain / np.asarray(rope.long, np.float64), jnp.float32)
+
+
+def _dynamic_longer(rope: Rope, plain: np.ndarray, tokens: jax.Array) -> jax.Array:
+    """The base grows with the text, so that its longest wave still spans it.
+
+    `theta' = theta (factor tokens / context - factor + 1) ** (d / (d - 2))`.
+    """
+    width = 2 * len(plain)
+    share = tokens.astype(jnp.float32) / jnp.float32(rope.original_context)
+    factor = jnp.float32(rope.factor)
+    growth = jnp.maximum(factor * share - (factor - jnp.float32(1)), jnp.float32(1))
+    power = -np.arange(0, width, 2, dtype=np.float64) / (width - 2)
+    return jnp.asarray(plain, jnp.float32) * growth ** jnp.asarray(power, jnp.float32)
+
+
+BENDS = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _default,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+# the kinds that also bend by the length of the text
+LENGTH_BENDS = {"dynamic": _dynamic_longer, "longrope": _longrope_longer}
