@@ -71,6 +71,9 @@ class LM:
             saw and what rounding cost (see `jaxq.Evidence`).
         calibration: what it was calibrated on, as plain data; empty without data.
         folder: where its weights were read from, or None.
+        notes: what was not taken as it is from a checkpoint that another library
+            quantized, and why, by tensor.
+        codec: the format its weights were read from, such as ``gptq``, or ``float``.
     """
 
     params: Any
@@ -85,6 +88,8 @@ class LM:
     evidence: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     folder: Path | None = None
+    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    codec: str = "float"
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -331,7 +336,7 @@ class LM:
 
     def __repr__(self) -> str:
         """Say name, size and recipe in one line."""
-        how = "float" if self.recipe is None else self.recipe.name
+        how = self.codec if self.recipe is None else self.recipe.name
         return (
             f"LM({self.name}, {parameter_count(self.params):,} parameters, {how}, "
             f"{self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
@@ -366,14 +371,15 @@ def load_model(
 
     Args:
         path: a Hugging Face folder (``config.json``, safetensors, ``tokenizer.json``),
-            a folder that `LM.save` wrote, or the word ``demo`` for the small model that
+            float or quantized by another library (`jaxq.codecs.CODECS`); a GGUF file; a
+            folder that `LM.save` wrote, or the word ``demo`` for the small model that
             comes with jaxq (write ``./demo`` for a folder of that name).
-        dtype: of the parameters of a float model; None keeps the checkpoint's, in which
-            the model then also computes.
+        dtype: of float parameters, and of what quantized ones stand for; None keeps the
+            checkpoint's, in which the model then also computes.
         weights: False reads no weights: the parameters are `jax.ShapeDtypeStruct`s,
-            enough for `LM.plan`. (Folders that `LM.save` wrote are always read.)
-        lazy: True reads every tensor when it is needed, again and again: for
-            `jaxq.quantize_to`, which never holds the whole model.
+            enough for `LM.plan`. (Quantized models are always read.)
+        lazy: True reads every tensor of a float model when it is needed, again and
+            again: for `jaxq.quantize_to`, which never holds the whole model.
 
     Raises:
         FileNotFoundError: the folder or a part of it is missing.
@@ -384,31 +390,31 @@ def load_model(
         >>> lm = jaxq.load_model("demo")  # doctest: +SKIP
         >>> lm.quantize("w4a16").generate("import ")  # doctest: +SKIP
     """
-    from jaxq.checkpoints.huggingface import read_config
     from jaxq.huggingface import read_tokenizer
-    from jaxq.models import find_family
 
     is_demo = str(path) == DEMO
     folder = DEMO_FOLDER if is_demo else Path(path)
-    hf_config = read_config(folder)
-    family = find_family(hf_config)
-    config = family.read_config(hf_config)
-    forward = family.module(config).apply
-    params, about = _read_params(folder, family, config, dtype, weights, lazy)
+    read = _read_abstract if not weights and _is_float(folder) else _read_model
+    module, config, hf_config, about = read(folder, dtype, lazy)
+    forward = module.apply
+    name = DEMO if is_demo else folder.resolve().name
+    folder = folder.parent if folder.is_file() else folder
     files = {
         name: (folder / name).read_text("utf-8")
         for name in SIDE_FILES
         if (folder / name).is_file()
     }
+    if about.get("codec", "float") != "float":  # what is saved will be ours
+        plain = {k: v for k, v in hf_config.items() if k != "quantization_config"}
+        files["config.json"] = json.dumps(plain, indent=2) + "\n"
     return LM(
-        params=params,
         apply=quantized(forward),
         forward=forward,
         config=config,
         tokenizer=read_tokenizer(folder),
         eos=_end_of_text(files, hf_config),
         files=files,
-        name=DEMO if is_demo else folder.resolve().name,
+        name=name,
         folder=folder,
         **about,
     )
@@ -426,20 +432,56 @@ def generate(lm: LM, prompt: str, max_new_tokens: int = 64, **settings: Any) -> 
     return lm.generate(prompt, max_new_tokens, **settings)
 
 
-def _read_params(
-    folder: Path, family: Any, config: Any, dtype: Any, weights: bool, lazy: bool
-) -> tuple[Any, dict[str, Any]]:
-    """Return the parameters, and what is known of how they were quantized."""
+_Read = tuple[Any, Any, Mapping[str, Any], dict[str, Any]]
+
+
+def _is_float(folder: Path) -> bool:
+    """Whether a folder's config says that its weights are floats."""
+    from jaxq.checkpoints.huggingface import read_config
+    from jaxq.checkpoints.manifest import is_jaxq_checkpoint
+    from jaxq.codecs import find_config, find_gguf
+
+    if is_jaxq_checkpoint(folder) or find_gguf(folder) is not None:
+        return False
+    return find_config(folder, read_config(folder)) is None
+
+
+def _read_abstract(folder: Path, dtype: Any, lazy: bool) -> _Read:
+    """Return module, config, config.json and the parameters by shape alone."""
+    from jaxq.checkpoints.huggingface import read_config
+    from jaxq.models import find_family
+
+    del lazy
+    hf_config = read_config(folder)
+    family = find_family(hf_config)
+    config = family.read_config(hf_config)
+    params = family.abstract(config, dtype or _config_dtype(folder))
+    return family.module(config), config, hf_config, {"params": params}
+
+
+def _read_model(folder: Path, dtype: Any, lazy: bool) -> _Read:
+    """Return module, config, config.json, and the parameters with what is known."""
     from jaxq.checkpoints import manifest
+    from jaxq.checkpoints.huggingface import read_config
     from jaxq.checkpoints.loading import load
     from jaxq.huggingface import load_huggingface
+    from jaxq.models import find_family
 
-    if manifest.is_jaxq_checkpoint(folder):
-        found = manifest.read(folder)
-        return load(folder), _history(folder, found.recipe, found.metadata)
-    if not weights:
-        return family.abstract(config, dtype or _config_dtype(folder)), {}
-    return load_huggingface(folder, dtype, lazy=lazy).params, {}
+    if not manifest.is_jaxq_checkpoint(folder):
+        model = load_huggingface(folder, dtype, lazy=lazy)
+        about = {
+            "params": model.params,
+            "notes": model.notes,
+            "codec": model.codec,
+        }
+        return model.module, model.config, model.hf_config, about
+    found = manifest.read(folder)
+    hf_config = read_config(folder)
+    family = find_family(hf_config)
+    config = family.read_config(hf_config)
+    about = _history(folder, found.recipe, found.metadata)
+    params = {"params": load(folder)}
+    return family.module(config), config, hf_config, params | about
 
 
 def _history(folder: Path, recipe: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:

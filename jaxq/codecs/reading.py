@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxq.checkpoints.errors import CheckpointError
-from jaxq.checkpoints.huggingface import Slot, read_json
+from jaxq.checkpoints.huggingface import Slot, read_config, read_json
 from jaxq.checkpoints.strict_json import shorten
 from jaxq.codecs.base import Dense, Reader
+from jaxq.codecs.gguf import GGUFReader, open_gguf
 from jaxq.codecs.source import DTYPES, FLOATS, SafetensorsSource, Source
 from jaxq.codecs.table import codec_of
 from jaxq.qtensor import QTensor
@@ -76,6 +78,51 @@ class Leaf:
     slot: Slot
     value: Any
     note: str
+
+
+def open_model(path: Path) -> tuple[dict[str, Any], Checkpoint]:
+    """Return the config and the open checkpoint of a folder, or of a GGUF file.
+
+    A folder that holds no safetensors may hold one GGUF file; a `config.json` beside it
+    has the word. Where the head has tensors of its own it is not tied, whatever the
+    config says.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        CheckpointError: a file is damaged.
+        UnsupportedError: the format is not known.
+    """
+    file = find_gguf(path)
+    if file is None:
+        config = read_config(path)
+        checkpoint = open_checkpoint(path, config)
+    else:
+        source, config = open_gguf(file)
+        checkpoint = Checkpoint(source, GGUFReader(source), "gguf", str(file))
+        if (file.parent / "config.json").is_file():
+            config = read_config(file.parent)
+    own_head = checkpoint.codec != "float" and "lm_head.weight" in checkpoint
+    if own_head and config.get("tie_word_embeddings"):
+        config = {**config, "tie_word_embeddings": False}
+    return config, checkpoint
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Return the GGUF file that a path means, if it means one.
+
+    Raises:
+        CheckpointError: the folder holds several.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors*")):
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(files)} GGUF files; name one, such as {files[0]}"
+        )
+    return files[0] if files else None
 
 
 def find_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -148,6 +195,48 @@ def read_leaves(
         yield Leaf(name, slot, value, note)
 
 
+def read_params(
+    checkpoint: Checkpoint,
+    slots: Mapping[str, Slot],
+    dtype: Any = None,
+    ignore: tuple[str, ...] = (),
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return all parameters as nested dicts, and what was lost of which tensor.
+
+    Args:
+        checkpoint: an open one.
+        slots: see `read_leaves`.
+        dtype: see `read_leaves`.
+        ignore: see `read_leaves`.
+    """
+    tree: dict[str, Any] = {}
+    stacks: dict[tuple[str, ...], dict[int, Any]] = {}
+    notes = dict(unused_notes(checkpoint, slots))
+    for leaf in read_leaves(checkpoint, slots, dtype, ignore):
+        if leaf.note:
+            notes[leaf.name] = leaf.note
+        if leaf.slot.place is None:
+            _place(tree, leaf.slot.path, leaf.value)
+        else:
+            stacks.setdefault(leaf.slot.path, {})[leaf.slot.place] = leaf.value
+    for path, parts in stacks.items():
+        value, note = _stacked([parts[place] for place in sorted(parts)])
+        if note:
+            notes["/".join(path)] = note
+        _place(tree, path, value)
+    return tree, notes
+
+
+def _stacked(parts: list[Any]) -> tuple[Any, str]:
+    """Return tensors as one with a leading axis; as floats where they differ."""
+    kinds = {str(jax.tree.structure(part)) for part in parts}
+    note = ""
+    if len(kinds) > 1:
+        note = "dequantized: what it stacks is quantized in different ways"
+        parts = [p.dequantize() if isinstance(p, QTensor) else p for p in parts]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), note
+
+
 def read_weight(
     checkpoint: Checkpoint, name: str, slot: Slot, usual: Any
 ) -> tuple[Any, str]:
@@ -174,6 +263,14 @@ def check_names(
 ) -> None:
     """Raise `CheckpointError` unless every tensor has a use, and every use a tensor."""
     missing = sorted(name for name in slots if name not in checkpoint)
+    if checkpoint.codec not in ("float", "gguf") and not any(
+        map(checkpoint.parts, slots)
+    ):
+        raise CheckpointError(
+            f"{checkpoint.where}: its config says that it is in the format "
+            f"{checkpoint.codec}, but none of its weights is; fetch config and weights "
+            "again"
+        )
     used = {part for name in slots for part in checkpoint.parts(name) or (name,)}
     unused = checkpoint.reader.unused() if checkpoint.reader else {}
     endings = (*ignore, *(f".{ending}" for ending in unused))
@@ -184,12 +281,12 @@ def check_names(
     )
     if missing:
         raise CheckpointError(
-            f"{checkpoint.where} lacks {some(missing)} that its config.json asks for; "
+            f"{checkpoint.where} lacks {_some(missing)} that its config.json asks for; "
             "the checkpoint is incomplete, or its config is another model's"
         )
     if extra:
         raise CheckpointError(
-            f"{checkpoint.where} holds {some(extra)} that its config.json has no use "
+            f"{checkpoint.where} holds {_some(extra)} that its config.json has no use "
             "for; leaving them out would compute something else. Is it the right "
             "config?"
         )
@@ -210,15 +307,14 @@ def unused_notes(
     }
 
 
-def place(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
-    """Put a leaf into a tree of dicts."""
+def _place(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
     *branches, last = path
     for key in branches:
         tree = tree.setdefault(key, {})
     tree[last] = leaf
 
 
-def some(names: list[str]) -> str:
+def _some(names: list[str]) -> str:
     """Return a few of many names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{len(names)} tensor(s), {', '.join(names[:3])}{more},"

@@ -260,9 +260,9 @@ def test_integer_weights_are_no_float_checkpoint(folder):
         load_huggingface(folder)
 
 
-def test_a_quantized_model_is_refused(folder):
+def test_a_config_of_a_quantized_model_beside_floats_is_refused(folder):
     edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(CheckpointError, match=r"already quantized \(gptq\)"):
+    with pytest.raises(CheckpointError, match="in the format gptq, but none of its"):
         load_huggingface(folder)
 
 

@@ -8,14 +8,21 @@ they were, and beside it as JSON the quantization config and the digests.
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFReader
+from safetensors.numpy import load_file
 
 from jaxq.checkpoints.huggingface import read_config
+from jaxq.codecs.gguf_blocks import TYPES
+from jaxq.codecs.gguf_file import write_file
 from jaxq.codecs.reading import find_config, open_checkpoint
 from jaxq.codecs.source import SafetensorsSource
-from tests.codecs.excerpts import DATA, write_raw
+from tests.codecs.excerpts import DATA, digest, write_raw
+
+BLOCKS = DATA.parent / "gguf"
 
 USUAL = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj")
 CHOSEN = {
@@ -40,6 +47,29 @@ def main(root: Path) -> None:
         if not (model / "config.json").is_file():
             continue
         cut(folder.relative_to(root).as_posix(), model, json.loads(digests.read_text()))
+    blocks(root / "gguf_raw" / "all_types")
+
+
+def blocks(folder: Path) -> None:
+    """Write one row of every block type, and what ggml's C code makes of it."""
+    expected = load_file(folder / "ref" / "dequant.safetensors")
+    keep = dict(raw_tensors(folder / "tensors.gguf"))
+    BLOCKS.mkdir(exist_ok=True)
+    write_file(BLOCKS / "blocks.gguf", {"general.architecture": "none"}, keep)
+    digests = {name: digest(expected[name]) for name in keep}
+    (BLOCKS / "blocks.json").write_text(json.dumps(digests, indent=1) + "\n")
+
+
+def raw_tensors(
+    path: Path,
+) -> Iterator[tuple[str, tuple[int, tuple[int, ...], bytes]]]:
+    """Yield the tensors whose types are known, in a file of which others may not be."""
+    reader = GGUFReader(path)
+    for tensor in reader.tensors:
+        kind = int(tensor.tensor_type)
+        if kind in TYPES:
+            shape = tuple(int(n) for n in tensor.shape[::-1])
+            yield tensor.name, (kind, shape, tensor.data.tobytes())
 
 
 def cut(name: str, model: Path, digests: dict[str, dict[str, object]]) -> None:

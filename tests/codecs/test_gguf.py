@@ -1,0 +1,128 @@
+"""GGUF: every block type against ggml's C code; damaged files."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxq.checkpoints.errors import CheckpointError, CorruptError, UnsupportedError
+from jaxq.codecs.gguf import open_gguf
+from jaxq.codecs.gguf_blocks import TYPES
+from jaxq.codecs.gguf_file import read_file, write_file
+from jaxq.codecs.source import fill
+from tests.codecs.excerpts import digest
+
+DATA = Path(__file__).parents[1] / "data"
+FILE = DATA / "gguf" / "blocks.gguf"
+DIGESTS = json.loads((DATA / "gguf" / "blocks.json").read_text())
+MODEL = DATA / "models" / "gguf-q4_0" / "model.gguf"
+
+
+def _blocks(name):
+    file = read_file(FILE)
+    tensor = file.tensors[name]
+    kind = TYPES[tensor.type]
+    rows, columns = tensor.shape
+    out = np.empty((rows, columns // kind.elements, kind.nbytes), np.uint8)
+    fill(file.path, file.size, tensor.start, out)
+    return kind, out
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_a_block_type_is_ggmls(name):
+    kind, raw = _blocks(name)
+    values = np.asarray(kind.decode(raw).tensor().dequantize()).T
+    assert digest(values) == DIGESTS[name]
+
+
+def test_every_type_of_the_table_is_tested():
+    assert {_blocks(name)[0].name for name in DIGESTS} == {
+        kind.name for kind in TYPES.values()
+    }
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+def test_encoding_gives_back_the_bytes(name):
+    kind, raw = _blocks(name)
+    np.testing.assert_array_equal(kind.encode(kind.decode(raw)), raw)
+
+
+def test_a_written_file_is_read_back(tmp_path):
+    values = {"general.architecture": "none", "n": 7, "x": 0.5, "yes": True}
+    tensors = {"a": (0, (2, 3), np.arange(6, dtype="<f4").tobytes())}
+    write_file(tmp_path / "a.gguf", values, tensors)
+    file = read_file(tmp_path / "a.gguf")
+    assert file.values == values
+    assert file.tensors["a"].shape == (2, 3)
+    out = np.empty((2, 3), "<f4")
+    fill(file.path, file.size, file.tensors["a"].start, out)
+    assert out.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_the_config_is_that_of_the_model():
+    _, config = open_gguf(MODEL)
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["hidden_size"], config["num_key_value_heads"]) == (64, 2)
+    assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 23, 100, 2000, 20000])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(MODEL.read_bytes()[:keep])
+    with pytest.raises(CorruptError):
+        read_file(path)
+
+
+def test_absurd_counts_are_refused_before_anything_is_made(tmp_path):
+    data = bytearray(MODEL.read_bytes())
+    data[8:16] = (2**60).to_bytes(8, "little")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match="1152921504606846976 tensors"):
+        read_file(path)
+
+
+def test_overlapping_tensors_are_refused(tmp_path):
+    path = tmp_path / "a.gguf"
+    four = np.zeros(64, "<f4").tobytes()
+    write_file(path, {}, {"a": (0, (64,), four), "b": (0, (64,), four)})
+    data = path.read_bytes()
+    second = b"b" + struct.pack("<IQIQ", 1, 64, 0, 256)
+    assert second in data
+    path.write_bytes(data.replace(second, second[:-8] + struct.pack("<Q", 32)))
+    with pytest.raises(CorruptError, match="there is room from"):
+        read_file(path)
+
+
+def test_unknown_architectures_and_types_are_named(tmp_path):
+    path = tmp_path / "a.gguf"
+    write_file(path, {"general.architecture": "falcon"}, {})
+    with pytest.raises(UnsupportedError, match=r"falcon.*llama, qwen2, qwen3"):
+        open_gguf(path)
+    write_file(path, {}, {"a": (19, (256,), bytes(50))})
+    with pytest.raises(UnsupportedError, match=r"ggml type 19.*Q4_K"):
+        read_file(path)
+
+
+def test_a_scaled_rope_needs_the_models_own_config(tmp_path):
+    file = read_file(MODEL)
+    path = tmp_path / "a.gguf"
+    values = {**file.values, "llama.rope.scaling.type": "yarn"}
+    table = (0, (8, 4), bytes(128))
+    write_file(path, values, {"token_embd.weight": table})
+    with pytest.raises(UnsupportedError, match=r"config\.json"):
+        open_gguf(path)
+    write_file(path, {**values, "llama.block_count": 0.5}, {})
+    with pytest.raises(CheckpointError, match="block_count"):
+        open_gguf(path)
+
+
+def test_the_digest_is_of_the_numbers():
+    """Both zeros count as one, anything else does not."""
+    a = np.asarray([0.0, 1.0], np.float32)
+    assert digest(a) == digest(-a * np.asarray([1, -1], np.float32))
+    assert digest(a) == hashlib.sha256(a.tobytes()).hexdigest()
