@@ -1,0 +1,339 @@
+"""Float activations times packed weights, for few rows: scales on partial sums.
+
+Operands are swapped: a warpgroup unpacks 64 columns of the weight into registers, which
+are the left operand of ``wgmma``; the activation is the right one, out of shared
+memory. So a weight is unpacked once, by the thread that multiplies it, and is an exact
+integer (or a number of its format) in bfloat16. The scale meets the partial sum of its
+group in float32: nothing is rounded but the activation, which is bfloat16 or float16
+anyway. float32 activations are cut into two bfloat16 parts (three when precise), which
+are more rows of the same product.
+
+One warpgroup copies tiles with the TMA engine, through a ring of buffers; the others
+compute. With one way to split K the kernel writes the result itself, in its dtype.
+"""
+
+import dataclasses
+import functools
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from pallas_kernels.gpu.cases import FP4, FP8, INT8, NF4, UINT8, Case, signed, unsigned
+from pallas_kernels.gpu.geometry import Geometry, cannot_group
+from pallas_kernels.gpu.layout import WORDS, Block, words_of
+from pallas_kernels.gpu.layout import declines as layout_declines
+from pallas_kernels.gpu.mosaic import (
+    PARAMS,
+    ROWS,
+    Mode,
+    Unpacked,
+    pipeline,
+    stacked,
+    swizzled,
+    transposed,
+    wide,
+)
+from pallas_kernels.gpu.unpack import Floats
+from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+
+ANY = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How the product is cut.
+
+    Attributes:
+        rows: rows of the activation per thread block, at most.
+        warpgroups: that compute; each takes 64 columns.
+        inner: rows of the weight per step, at least.
+        stages: buffers in the ring.
+        splits: parts of K that different thread blocks sum.
+    """
+
+    rows: int = 32
+    warpgroups: int = 2
+    inner: int = 128
+    stages: int = 6
+    splits: int = 1
+
+
+def weight_only(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    layer: jax.Array | None = None,
+    *,
+    coding: Coding,
+    group: int,
+    tile: Tile,
+    parts: int = 2,
+    out_dtype: DTypeLike | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """Return ``x @ ((value(codes) − zeros) · scales)``.
+
+    Args:
+        x: ``[M, K']``, bfloat16, float16 or float32, K' ≤ K.
+        codes: uint16 ``[slabs, 32 N]`` (see `layout`), ``[L, ...]`` with a layer.
+        scales: float ``[groups, N]``; groups and N may be 1.
+        zeros: integers like ``scales``, or None.
+        layer: int32 scalar, or None.
+        coding: what codes stand for.
+        group: rows per scale.
+        tile: how to cut.
+        parts: bfloat16 parts of a float32 activation.
+        out_dtype: of the result; that of ``x`` by default.
+        interpret: ``InterpretGPUParams`` to run on a CPU.
+
+    Returns:
+        ``[M, N]``.
+    """
+    out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
+    rows, columns = x.shape[0], codes.shape[-1] // 32
+    x = split(x, parts)
+    g = Geometry.of(x.shape[0], codes, scales.shape[-2], coding, group, tile)
+    direct = g.splits == 1 and out_dtype == x.dtype and rows == x.shape[0]
+    dtype = out_dtype if direct else jnp.dtype(jnp.float32)
+    arrays = [
+        jnp.pad(x, ((0, g.padded_rows - x.shape[0]), (0, g.inner - x.shape[1]))),
+        words_of(codes, g.columns),
+        wide(stacked(scales, layer), columns, g.columns),
+    ]
+    if zeros is not None:
+        arrays.append(wide(stacked(zeros, layer), columns, g.columns))
+    index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
+    body = functools.partial(
+        _kernel, g, Floats(coding, x.dtype.name, zeros is not None), dtype, interpret
+    )
+    lead, buffer = ((), (g.rows, ROWS)) if direct else ((g.splits,), (ROWS, g.rows))
+    shape = (g.padded_rows, g.columns) if direct else (g.columns, g.padded_rows)
+    transforms = swizzled(16) if direct else ()
+    y = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((*lead, *shape), dtype),
+        grid=(g.column_tiles, g.row_tiles, g.splits),
+        grid_names=("n", "m", "k"),
+        num_threads=g.warpgroups + 1,
+        thread_name="wg",
+        compiler_params=PARAMS,
+        scratch_types=[
+            plgpu.SMEM((g.warpgroups, *buffer), dtype, transforms=transforms)
+        ],
+        interpret=interpret,
+    )(*arrays, index)
+    if direct:
+        return y[:rows, :columns]
+    y = jnp.sum(y, axis=0).T[: x.shape[0], :columns].reshape(-1, rows, columns)
+    return jnp.sum(y, axis=0).astype(out_dtype)
+
+
+def split(x: jax.Array, parts: int) -> jax.Array:
+    """Return float32 ``x[M, K]`` as bfloat16 ``[parts · M, K]`` that add up to it."""
+    if x.dtype != jnp.float32:
+        return x
+    found = []
+    for _ in range(parts):
+        found.append(x.astype(jnp.bfloat16))
+        x = x - found[-1].astype(jnp.float32)
+    return jnp.concatenate(found)
+
+
+def _kernel(
+    g: Geometry,
+    floats: Floats,
+    dtype: Any,
+    interpret: Any,
+    x: Any,
+    codes: Any,
+    scales: Any,
+    *rest: Any,
+) -> None:
+    """Sum one tile ``[columns, rows]`` of the result over K, and write it."""
+    *zeros, index, out, buffer = rest
+    mode = Mode(interpret)
+    layer = index[0]
+    wg, n, m, k = (lax.axis_index(name) for name in ("wg", "n", "m", "k"))
+    here = pl.ds(wg * ROWS, ROWS)
+
+    def step(_: Any, w: Any, x: Any, s: Any, *more: Any) -> jax.Array:
+        *z, total = more
+        operands = _operands(g, floats, mode, w, z, here)
+        for i in range(g.scales):
+            first = i * g.run // g.operand
+            mine = [(j, operands(j)) for j in range(first, first + g.run // g.operand)]
+            part = _product(g, mode, mine, x)
+            scale = mode.per_row(s.at[i, here], part.shape, jnp.float32)
+            total = total + part * scale
+        mode.release()
+        return total
+
+    def compute(run: Any) -> None:
+        zero = mode.cast(jnp.zeros((ROWS, g.rows), jnp.float32), plgpu.Layout.WGMMA)
+        total = run(zero)
+        direct = dtype != jnp.float32
+        columns = pl.ds(n * g.tile_columns + wg * ROWS, ROWS)
+        rows = pl.ds(m * g.rows, g.rows)
+        if direct:
+            mode.transposed_store(buffer.at[wg], total.astype(dtype))
+        else:
+            buffer[wg] = total
+        plgpu.commit_smem()
+        target = out.at[rows, columns] if direct else out.at[k, columns, rows]
+        plgpu.copy_smem_to_gmem(buffer.at[wg], target)
+        plgpu.wait_smem_to_gmem(0)
+
+    tile_scales = plgpu.BlockSpec(
+        (g.scales, g.tile_columns), lambda i: (g.scales_of(layer, k, i), n)
+    )
+    words = plgpu.BlockSpec(
+        (g.slabs, g.tile_columns, 32),
+        lambda i: (g.step_of(layer, k, i), n, 0),
+        transforms=swizzled(16, 64),
+    )
+    rows = plgpu.BlockSpec(
+        (g.rows, g.step),
+        lambda i: (m, k * g.steps + i),
+        transforms=swizzled(16, 2 * g.operand),
+    )
+    pipeline(
+        step,
+        grid=(g.steps,),
+        in_specs=[words, rows, tile_scales, *[tile_scales for _ in zeros]],
+        memory_registers=40,
+        wg_axis="wg",
+        num_compute_wgs=g.warpgroups,
+        max_concurrent_steps=g.stages,
+        compute_context=compute,
+    )(codes, x, scales, *zeros)
+
+
+def _operands(
+    g: Geometry, floats: Floats, mode: Mode, words: Any, zeros: list[Any], here: Any
+) -> Any:
+    """Return a function to the left operands of a step: ``[64, operand]`` each."""
+    block = Block(g.coding.bits)
+    planes = g.operand // WORDS
+    # looking up a table takes all four fields of a word at once
+    chunk = 4 if g.coding.kind == "table" else planes
+    made: dict[int, jax.Array] = {}
+
+    def operand(j: int) -> jax.Array:
+        number, first = divmod(j * planes // chunk * chunk, block.planes)
+        if j not in made:
+            which = range(first, first + chunk)
+            start = number * block.slabs
+            slabs = [words[start + s, here] for s in floats.slabs(which)]
+            program = functools.partial(_run_planes, floats, which)
+            shape = Unpacked(floats.dtype, chunk // planes, planes)
+            found = mode.unpacked(program, slabs, shape)
+            base = (number * block.planes + first) // planes
+            made.update(enumerate(found, base))
+        w = made[j]
+        for z in zeros:
+            i = j * g.operand // g.run
+            zero = mode.per_row(z.at[i, here], w.shape, jnp.float32)
+            w = w - (zero + jnp.float32(floats.offset)).astype(w.dtype)
+        return w
+
+    return operand
+
+
+def _run_planes(floats: Floats, planes: Any, m: Any, words: Any) -> Any:
+    return floats.program(m, words, planes)
+
+
+def _product(g: Geometry, mode: Mode, operands: Any, x: Any) -> jax.Array:
+    """Multiply the operands of one group with the activation: ``[64, rows]``."""
+    columns = [pl.ds(j * g.operand, g.operand) for j, _ in operands]
+    if mode.interpret:
+        parts = [
+            jnp.dot(w, x[:, here].T, preferred_element_type=jnp.float32)
+            for (_, w), here in zip(operands, columns, strict=True)
+        ]
+        return functools.reduce(operator.add, parts)
+
+    def accumulate(total: Any) -> jax.Array:
+        for (_, w), here in zip(operands, columns, strict=True):
+            plgpu.wgmma(total, w, transposed(x.at[:, here]))
+        plgpu.wgmma_wait(0)
+        return total[...]
+
+    shape = plgpu.ACC((ROWS, g.rows), jnp.float32)
+    return pl.run_scoped(accumulate, shape)
+
+
+def declines(p: Problem) -> str | None:
+    """Return why the kernel does not take a problem, or None."""
+    return weight_only_declines(p)
+
+
+def weight_only_declines(p: Problem) -> str | None:
+    """Return why no weight-only kernel takes a problem, or None."""
+    if p.rows == 0:
+        return "there are no rows"
+    if p.activation is not None:
+        return f"the activation is rounded to {p.activation}"
+    if p.coding.kind == "table" and p.coding.bits != 4:
+        return f"a table of {2**p.coding.bits} numbers; only 16 can be looked up"
+    return cannot_group(p.inner, p.group) or layout_declines(
+        p.coding, p.inner, p.columns
+    )
+
+
+TILES = (
+    TileRow("sm_90", 8, Tile(8, 2, 256, 6)),
+    TileRow("sm_90", 16, Tile(16, 2, 256, 6)),
+    TileRow("sm_90", 32, Tile(32, 2, 256, 5)),
+    TileRow("sm_90", ANY, Tile(64, 2, 128, 5)),
+    TileRow("sm_90", ANY, Tile(8, 2, 128, 8)),
+    TileRow("sm_90", ANY, Tile(16, 4, 256, 4)),
+    TileRow("sm_90", ANY, Tile(16, 2, 256, 6, splits=2)),
+    TileRow("sm_90", ANY, Tile(16, 2, 256, 6, splits=4)),
+    TileRow("sm_90", ANY, Tile(32, 4, 256, 3, splits=2)),
+)
+
+CASES = (
+    Case("w4 g128", 16, 512, 128, signed(4), 128),
+    Case("w4 channel, 1 row", 1, 256, 64, signed(4)),
+    Case("w4 g128 zeros", 8, 512, 128, unsigned(4), 128, zeros=True),
+    Case("w4 g64 zeros, float16", 5, 256, 128, signed(4), 64, True, dtype="float16"),
+    Case("w4 g32, stacked, float32", 3, 256, 64, signed(4), 32, True, 3, "float32"),
+    Case("w4 g256", 4, 512, 64, signed(4), 256),
+    Case("w3 g128, stacked", 9, 1024, 64, signed(3), 128, layers=2),
+    Case("w2 g64 zeros", 8, 512, 64, unsigned(2), 64, zeros=True),
+    Case("w8 channel", 8, 256, 64, INT8),
+    Case("w8 g64 zeros, float16", 8, 256, 64, INT8, 64, True, dtype="float16"),
+    Case("uint8 g128 zeros", 8, 256, 64, UINT8, 128, zeros=True),
+    Case("nf4 g64", 16, 256, 128, NF4, 64),
+    Case("fp4 g32", 2, 256, 64, FP4, 32),
+    Case("fp8 channel", 8, 128, 64, FP8),
+    Case("w4 g128, odd rows and columns", 37, 256, 200, signed(4), 128, zeros=True),
+)
+
+
+def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
+    """Run on the operands of a problem."""
+    return weight_only(
+        a.x,
+        a.codes,
+        a.scales,
+        a.zeros,
+        a.layer,
+        coding=p.coding,
+        group=p.group,
+        tile=tile,
+        parts=3 if p.precise else 2,
+        out_dtype=p.out_dtype,
+        interpret=interpret or None,
+    )
+
+
+KERNEL = Kernel("gpu.weight_only", "gpu", ("sm_90",), "gpu", declines, run, TILES)
