@@ -37,5 +37,7 @@ from jaxq.quantize import fake_quant as fake_quant
 from jaxq.quantize import quantize as quantize
 from jaxq.recipe import Recipe as Recipe
 from jaxq.recipe import Rule as Rule
+from jaxq.relayout import relayout as relayout
+from jaxq.relayout import relayout_params as relayout_params
 from jaxq.spec import QuantSpec as QuantSpec
 from jaxq.streaming import quantize_to as quantize_to

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from jaxq.blocks import grid_shape
 from jaxq.qtensor import QTensor
+from jaxq.relayout import PLANAR, relayout
 
 Group = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -33,6 +34,7 @@ def astype(q: QTensor, dtype: DTypeLike) -> QTensor:
 
 def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     """Permute the axes."""
+    q = relayout(q, PLANAR)
     new_axis = list(permutation).index(q.axis % q.ndim) - q.ndim
     block = tuple(q.blocks[i] for i in permutation)
     scales = q.scales
@@ -69,7 +71,7 @@ def slice_axis(
         raise ViewError(f"slice {start}:{start + size} cuts a block of {block}")
     if packed and (q.padding or any(end % q.pack for end in ends)):
         raise ViewError(f"slice {start}:{start + size} cuts packed codes of {q.pack}")
-    q = plain_scales(q)
+    q = plain_scales(q if axis < q.ndim - 2 else relayout(q, PLANAR))
 
     def part(a: jax.Array) -> jax.Array:
         if a.shape[axis] == 1:
@@ -99,6 +101,7 @@ def index_axis(
     """
     if axis == q.axis % q.ndim:
         raise ViewError("indexes the packed axis")
+    q = q if axis < q.ndim - 2 else relayout(q, PLANAR)
     if q.blocks[axis] > 1:
         raise ViewError(f"indexes an axis with blocks of {q.blocks[axis]}")
     q, length = plain_scales(q), q.shape[axis]
@@ -150,7 +153,7 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
     Raises:
         ViewError: when a block or packed codes would not stay together.
     """
-    packed = q.axis % q.ndim
+    q, packed = relayout(q, PLANAR), q.axis % q.ndim
     runs = [_run(q, *group, tuple(shape)) for group in axis_groups(q.shape, shape)]
     if q.rows is not None:
         return _reshape_stored(q, runs, shape)
@@ -185,6 +188,8 @@ def _reshape_stored(q: QTensor, runs: "Sequence[Run]", shape: Sequence[int]) -> 
     stored = list(shape)
     stored[place] = q.stored_shape[packed]
     whole = reshape(dataclasses.replace(q, rows=None), stored)
+    if whole.axis % whole.ndim != place:
+        raise ViewError("puts a single stored row among axes of length one")
     return dataclasses.replace(whole, rows=q.rows)
 
 

@@ -150,6 +150,20 @@ class Kernel:
         return row.tile
 
 
+def tuning_key(kernel: Kernel, p: Problem) -> str:
+    """Return what a tuned tile is filed under: all that its speed depends on.
+
+    Rows are rounded up to a power of two.
+    """
+    coding = p.coding
+    rows = 1 << max(p.rows - 1, 0).bit_length()
+    zeros = " zeros" if p.zeros else ""
+    return (
+        f"{kernel.name} {rows}x{p.inner}x{p.columns} {p.dtype} "
+        f"{coding.kind}{coding.bits} g{p.group}{zeros} {p.activation or 'float'}"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a backend wants codes to lie; a bijection, bit for bit.

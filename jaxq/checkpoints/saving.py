@@ -20,6 +20,7 @@ from jaxq.checkpoints.errors import (
     UnsupportedError,
 )
 from jaxq.names import lookup
+from jaxq.relayout import canonical_params
 
 Content = str | bytes | os.PathLike[str]
 CONFIG = "config.json"
@@ -79,6 +80,7 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
     store = lookup(BACKENDS, backend, "backend")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
+    params = canonical_params(params)
     leaves = structure.flatten(params)
     extras = extra_writers(config, extra_files or {})
     described = manifest.Manifest(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.kernel import Coding
+
 
 @dataclasses.dataclass(frozen=True)
 class Format(abc.ABC):
@@ -40,6 +42,12 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def decode(self, codes: jax.Array, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the numbers of uint8 ``codes``, exactly, in ``dtype``."""
+
+    def coding(self, pack: int) -> Coding:
+        """Return what a kernel must know of codes packed in blocks of ``pack`` rows."""
+        numbers = self.decode(jnp.arange(2**self.bits, dtype=jnp.uint8))
+        table = tuple(jax.device_get(numbers).tolist())
+        return Coding("table", self.bits, pack, table=table)
 
     @property
     def is_integer(self) -> bool:

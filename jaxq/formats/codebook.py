@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.formats.base import Format
+from pallas_kernels.kernel import Coding
 
 # QLoRA (Dettmers et al. 2023), appendix E; bit-exact as in bitsandbytes.
 NF4 = (
@@ -95,6 +96,10 @@ class CodebookFormat(Format):
             up = (codes[1:] & 1) == 0
             middle = np.where(up, np.nextafter(middle, np.float32(-np.inf)), middle)
         return values, codes.astype(np.uint8), middle
+
+    def coding(self, pack: int) -> Coding:
+        """Return what a kernel must know of codes packed in blocks of ``pack`` rows."""
+        return Coding("table", self.bits, pack, table=self.table)
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Return the code of the nearest number of the table."""

@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.formats.base import Format
+from pallas_kernels.kernel import Coding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,10 @@ class IntegerFormat(Format):
     def is_integer(self) -> bool:
         """Always true."""
         return True
+
+    def coding(self, pack: int) -> Coding:
+        """Return what a kernel must know of codes packed in blocks of ``pack`` rows."""
+        return Coding("integer", self.bits, pack, int(self.lowest))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Round half to even, saturate."""

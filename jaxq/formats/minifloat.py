@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxq.formats.base import Format
 from jaxq.formats.codebook import CodebookFormat
+from pallas_kernels.kernel import Coding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,10 @@ class MinifloatFormat(Format):
     def highest(self) -> float:
         """The largest finite number: 448 (e4m3fn), 57344 (e5m2)."""
         return float(jnp.finfo(self.dtype).max)
+
+    def coding(self, pack: int) -> Coding:
+        """Return what a kernel must know of codes packed in blocks of ``pack`` rows."""
+        return Coding(self.dtype, 8, pack)
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Clip to the finite range, round, and take the bits."""

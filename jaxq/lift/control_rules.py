@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from jaxq.layer import Layer, layer_of
 from jaxq.lift.leaf import is_leaf
 from jaxq.qtensor import QTensor
 
@@ -40,7 +42,7 @@ def custom_vjp(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
 
 def _keeps_rule(replay: "Replay", values: list[Any]) -> bool:
     """Whether to keep a derivative rule: not while only looking at a function."""
-    return replay.tap is None and any(isinstance(v, QTensor) for v in values)
+    return replay.tap is None and any(isinstance(v, QTensor | Layer) for v in values)
 
 
 def _two_ways(
@@ -57,7 +59,8 @@ def _two_ways(
         return replay.arrays(replay.run(_body(eqn), inputs), f"{name} output")
 
     def floats(*inputs: Any) -> list[Any]:
-        arrays = [x.dequantize() if isinstance(x, QTensor) else x for x in inputs]
+        taken = [x.taken() if isinstance(x, Layer) else x for x in inputs]
+        arrays = [x.dequantize() if isinstance(x, QTensor) else x for x in taken]
         return replay.float_equations(eqn, arrays)
 
     return fused, floats
@@ -73,7 +76,10 @@ def checkpoint(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
 
 
 def scan(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
-    """Replay a scan: leaves among constants stay whole, stacked ones are sliced."""
+    """Replay a scan: leaves among constants stay whole, stacked ones are sliced.
+
+    A stack that a kernel takes whole is not: every step gets its index instead.
+    """
     body = eqn.params["jaxpr"]
     inner = getattr(body, "jaxpr", body)
     consts, carried, stacks = scan_arity(eqn, values)
@@ -81,10 +87,13 @@ def scan(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
     fixed = _invariant(carried, inner.invars[len(consts) :], inner.outvars)
     moving = [c for i, c in enumerate(carried) if i not in fixed]
     moving = replay.arrays(moving, "scan carry")
+    whole = {i: s for i, s in enumerate(stacks) if _goes_whole(s)}
+    sliced = [s for i, s in enumerate(stacks) if i not in whole]
 
     def step(carry: Any, xs: Any) -> tuple[Any, Any]:
-        state = _insert(carry, fixed)
-        outs = replay.run(body, [*consts, *state, *xs])
+        (index, xs), state = xs, _insert(carry, fixed)
+        layers = {i: layer_of(stack, index) for i, stack in whole.items()}
+        outs = replay.run(body, [*consts, *state, *_insert(xs, layers)])
         new = [c for i, c in enumerate(outs[:n_carry]) if i not in fixed]
         new = replay.arrays(new, "scan carry")
         return new, replay.arrays(outs[n_carry:], "scan output")
@@ -94,7 +103,8 @@ def scan(replay: "Replay", eqn: Any, values: list[Any]) -> list[Any]:
         return new, (ys, taps)
 
     kept = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-    carry, (ys, taps) = lax.scan(tapped, moving, list(stacks), **kept)
+    indices = jnp.arange(eqn.params["length"], dtype=jnp.int32)
+    carry, (ys, taps) = lax.scan(tapped, moving, (indices, sliced), **kept)
     replay.keep(taps)
     return [*_insert(carry, fixed), *ys]
 
@@ -196,8 +206,13 @@ def _invariant(
     }
 
 
+def _goes_whole(stack: Any) -> bool:
+    """Whether a scanned value is a stack that kernels index themselves."""
+    return isinstance(stack, QTensor) and layer_of(stack, jnp.int32(0)) is not None
+
+
 def _insert(moving: Sequence[Any], fixed: dict[int, Any]) -> list[Any]:
-    """Put the untouched leaves back among the carried values."""
+    """Put the untouched leaves back among the carried (or scanned) values."""
     out = list(moving)
     for position in sorted(fixed):
         out.insert(position, fixed[position])

@@ -10,6 +10,7 @@ from jaxq.lift.quantized import named_arrays
 from jaxq.lift.replay import Replay
 from jaxq.lift.trace import Call, trace
 from jaxq.lift.use import Use
+from pallas_kernels.target import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +57,21 @@ class Explanation:
 
 
 def explain(
-    fn: Callable[..., Any], qparams: Any, *example: Any, **kwargs: Any
+    fn: Callable[..., Any],
+    qparams: Any,
+    *example: Any,
+    target: Target | None = None,
+    **kwargs: Any,
 ) -> Explanation:
     """Say which kernel each quantized parameter of ``fn(qparams, *example)`` runs in.
 
-    Nothing is computed: the function is traced and replayed on abstract values, for the
-    default backend.
+    Nothing is computed: the function is traced and replayed on abstract values.
 
     Args:
         fn: the float function.
         qparams: its first argument, with `QTensor` leaves.
         *example: its other arguments, real or abstract.
+        target: the chip to say it for; the one this runs on by default.
         **kwargs: its keyword arguments.
 
     Example:
@@ -78,7 +83,7 @@ def explain(
     """
     call = Call.of((qparams, *example), kwargs)
     traced = trace(fn, call)
-    replay = Replay(traced.jaxpr.jaxpr.debug_info)
+    replay = Replay(traced.jaxpr.jaxpr.debug_info, target=target)
 
     def run(arrays: list[Any]) -> list[jax.Array]:
         return replay.arrays(replay.run(traced.jaxpr, arrays), "output")

@@ -1,11 +1,12 @@
-"""The two kinds of values a replay treats as parameters."""
+"""The kinds of values a replay treats as parameters."""
 
 from typing import Any
 
+from jaxq.layer import Layer
 from jaxq.lift.weight import Weight
 from jaxq.qtensor import QTensor
 
-Leaf = QTensor | Weight
+Leaf = QTensor | Layer | Weight
 
 
 def is_leaf(x: Any) -> bool:

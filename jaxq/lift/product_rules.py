@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jaxq import ops
+from jaxq.layer import Layer
 from jaxq.lift.leaf import is_leaf
 from jaxq.qtensor import QTensor
 from jaxq.views import ViewError
@@ -19,13 +20,14 @@ def dot_general(replay: "Replay", eqn: Any, values: list[Any]) -> jax.Array:
     side = 0 if is_leaf(values[0]) else 1
     leaf, x = values[side], values[1 - side]
     contract, batch = eqn.params["dimension_numbers"]
-    if isinstance(leaf, QTensor):
+    if isinstance(leaf, QTensor | Layer):
         y, choice = ops.dot_general(
             values[0],
             values[1],
             eqn.params["dimension_numbers"],
             eqn.params["precision"],
             eqn.outvars[0].aval.dtype,
+            replay.target,
         )
         replay.product(leaf, "dot_general", contract[side], x, choice)
         return y

@@ -10,9 +10,12 @@ import jax
 from jaxq.lift.replay import Replay
 from jaxq.lift.trace import ARRAYS, Call, Trace, trace
 from jaxq.qtensor import QTensor
+from pallas_kernels.target import Target
 
 
-def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
+def quantized(
+    fn: Callable[..., Any], *, target: Target | None = None
+) -> Callable[..., Any]:
     """Return ``fn`` as a function that also accepts `QTensor` leaves anywhere.
 
     ``quantized(fn)(q) = fn(dequantize(q))`` up to the rounding of the arithmetic. The
@@ -27,6 +30,8 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     Args:
         fn: any function that `jax.jit` could trace.
+        target: the chip to choose kernels for; by default that of the mesh in context,
+            or else the one this runs on.
 
     Example:
         >>> import jax, jaxq
@@ -45,7 +50,7 @@ def quantized(fn: Callable[..., Any]) -> Callable[..., Any]:
             traced = trace(fn, call)
             if key is not None and traced.is_reusable:
                 traces[key] = traced
-        outs = _replay(traced, named_arrays(call))
+        outs = _replay(traced, named_arrays(call), target)
         return jax.tree.unflatten(traced.out_tree, outs)
 
     def from_arrays(arrays: list[Any], constants: Constants) -> Any:
@@ -119,7 +124,7 @@ def named_arrays(call: Call) -> list[Any]:
     ]
 
 
-def _replay(traced: Trace, arrays: Sequence[Any]) -> list[Any]:
+def _replay(traced: Trace, arrays: Sequence[Any], target: Target | None) -> list[Any]:
     """Replay on the given leaves; a leaf that is returned as it is gets dequantized."""
-    replay = Replay(traced.jaxpr.jaxpr.debug_info)
+    replay = Replay(traced.jaxpr.jaxpr.debug_info, target=target)
     return replay.arrays(replay.run(traced.jaxpr, arrays), "output")

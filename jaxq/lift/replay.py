@@ -12,15 +12,17 @@ from typing import Any
 import jax
 from jax.extend import core as jexc
 
+from jaxq.layer import Layer
 from jaxq.lift.control_rules import CONTROL_RULES
 from jaxq.lift.leaf import Leaf, is_leaf
 from jaxq.lift.product_rules import PRODUCT_RULES
 from jaxq.lift.use import Use
-from jaxq.lift.view_rules import VIEW_RULES, split
+from jaxq.lift.view_rules import LAYER_RULES, VIEW_RULES, split
 from jaxq.lift.weight import Weight
 from jaxq.ops import Choice
 from jaxq.qtensor import QTensor
 from jaxq.views import ViewError
+from pallas_kernels.target import Target
 
 # (parameter path, activation) -> a pytree of arrays to collect, or None
 Tap = Callable[[str, jax.Array], Any]
@@ -33,6 +35,7 @@ class Replay:
     Attributes:
         debug_info: of the traced function, for the jaxprs made here.
         tap: called with the activation at each product, or None.
+        target: the chip to choose kernels for; None for the one this runs on.
         uses: what met what, in the order of execution.
         taps: what ``tap`` returned, by parameter path, one entry per use; inside a scan
             stacked over its steps.
@@ -40,6 +43,7 @@ class Replay:
 
     debug_info: Any
     tap: Tap | None = None
+    target: Target | None = None
     uses: list[Use] = dataclasses.field(default_factory=list)
     taps: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
@@ -72,7 +76,8 @@ class Replay:
         if isinstance(value, Weight):
             self.uses.append(Use(value.path, op))
             return value.value
-        if isinstance(value, QTensor):
+        if isinstance(value, QTensor | Layer):
+            value = value.taken() if isinstance(value, Layer) else value
             choice = Choice("dequantize", ((op, reason),))
             self.uses.append(Use(_name(value), op, choice=choice))
             return value.dequantize()
@@ -84,6 +89,13 @@ class Replay:
         alone = sum(map(is_leaf, values)) == 1
         if name in CONTROL_RULES:
             return CONTROL_RULES[name](self, eqn, values)
+        if alone and name in LAYER_RULES and isinstance(first, QTensor | Layer):
+            layer = LAYER_RULES[name](first, eqn, values[1:])
+            if layer is not None:
+                return [layer]
+        if name != "dot_general":
+            values = [v.taken() if isinstance(v, Layer) else v for v in values]
+            first = values[0]
         if name in PRODUCT_RULES and not is_outer(eqn):
             # of two leaves, the second is the weight and the first an activation
             if not alone:
@@ -96,7 +108,7 @@ class Replay:
                 return self._split(eqn, first)
         return self.float_equations(eqn, self.arrays(values, name))
 
-    def _view(self, eqn: Any, leaf: Leaf, rest: list[Any]) -> Any:
+    def _view(self, eqn: Any, leaf: QTensor | Weight, rest: list[Any]) -> Any:
         """Take a view of a leaf; where there is none, dequantize it."""
         name = eqn.primitive.name
         rows = name == "gather" and rest[0].ndim > 1
@@ -122,7 +134,7 @@ class Replay:
         self.product(leaf, "gather", (), None, Choice("xla.gather_rows"))
         return quantized.dequantize()
 
-    def _split(self, eqn: Any, leaf: Leaf) -> list[Any]:
+    def _split(self, eqn: Any, leaf: QTensor | Weight) -> list[Any]:
         """Split a leaf into leaves; where a block would be cut, dequantize it."""
         if isinstance(leaf, Weight):
             parts = self.float_equations(eqn, [leaf.value])
@@ -147,6 +159,7 @@ class Replay:
             path, contracted = leaf.path, leaf.original(contracting)
             stacked = tuple(sorted({*leaf.stacked, *leaf.original(batch)}))
         else:
+            leaf = leaf.stack if isinstance(leaf, Layer) else leaf
             path, contracted, stacked = _name(leaf), tuple(contracting), ()
         shape = None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
         self.uses.append(Use(path, op, contracted, stacked, shape, choice))

@@ -1,7 +1,7 @@
 """Primitives that only rearrange a parameter: one row each, for both kinds of leaf."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq import views
+from jaxq.layer import Layer, layer_of
 from jaxq.lift.weight import Labels, reshaped
 from jaxq.ops import gather
 from jaxq.qtensor import QTensor
@@ -156,6 +157,45 @@ VIEW_RULES: dict[str, ViewRule] = {
     "copy_p": ViewRule(_identity, _same_labels),
     "reduce_precision": ViewRule(_identity, _same_labels),
     "sharding_constraint": ViewRule(_identity, _same_labels),
+}
+
+
+def _sliced_layer(q: QTensor | Layer, eqn: Any, rest: list[Any]) -> Layer | None:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    sizes = tuple(b - a for a, b in zip(starts, limits, strict=True))
+    return _one_of(q, starts[0], sizes)
+
+
+def _dynamic_layer(q: QTensor | Layer, eqn: Any, rest: list[Any]) -> Layer | None:
+    return _one_of(q, rest[0], eqn.params["slice_sizes"])
+
+
+def _one_of(q: QTensor | Layer, index: Any, sizes: Sequence[int]) -> Layer | None:
+    """Return one matrix of a stack that a kernel takes whole, or None."""
+    if isinstance(q, Layer) or tuple(sizes) != (1, *q.shape[1:]):
+        return None
+    return layer_of(q, index, kept=True)
+
+
+def _squeezed_layer(q: QTensor | Layer, eqn: Any, rest: list[Any]) -> Layer | None:
+    if isinstance(q, Layer) and q.kept and tuple(eqn.params["dimensions"]) == (0,):
+        return dataclasses.replace(q, kept=False)
+    return None
+
+
+def _cast_layer(q: QTensor | Layer, eqn: Any, rest: list[Any]) -> Layer | None:
+    dtype = eqn.params["new_dtype"]
+    if isinstance(q, Layer) and jnp.issubdtype(dtype, jnp.floating):
+        return dataclasses.replace(q, stack=views.astype(q.stack, dtype))
+    return None
+
+
+# What leaves one matrix of a stack a `Layer`; None where the index must be applied.
+LAYER_RULES: dict[str, Callable[[QTensor | Layer, Any, list[Any]], Layer | None]] = {
+    "slice": _sliced_layer,
+    "dynamic_slice": _dynamic_layer,
+    "squeeze": _squeezed_layer,
+    "convert_element_type": _cast_layer,
 }
 
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from jaxq.qtensor import QTensor
 from jaxq.quantize import Axes, Blocking, Bounds, block_bounds, quantize
+from jaxq.scales import affine
 from jaxq.spec import QuantSpec
 
 
@@ -68,6 +69,20 @@ def static_or_dynamic(
     if w.activation_scale is None:
         return quantize(x, spec, axis)
     return quantize(x, spec, axis, bounds=_static_bounds(w, spec, x.ndim))
+
+
+def row_scale(x: jax.Array, w: QTensor, spec: QuantSpec) -> jax.Array:
+    """Return the scales by which `static_or_dynamic` would quantize ``x[M, K]``.
+
+    Returns:
+        float32 ``[M, 1]``.
+    """
+    if w.activation_scale is None:
+        bounds = block_bounds(x, Blocking.of(spec, x.shape, -1).block)
+    else:
+        bounds = _static_bounds(w, spec, x.ndim)
+    scale, _ = affine(*bounds, spec)
+    return jnp.broadcast_to(scale.reshape(-1, 1), (x.shape[0], 1))
 
 
 def with_static_scales(w: QTensor, fit: Callable[[jax.Array], jax.Array]) -> QTensor:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.ops.activation import quantized_input
-from jaxq.ops.dispatch import Choice
+from jaxq.ops.problem import Choice
 from jaxq.qtensor import QTensor
 
 

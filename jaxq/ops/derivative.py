@@ -6,14 +6,11 @@ from typing import Any
 import jax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxq.qtensor import QTensor
+# of the activation and the weight: a QTensor, or one with the index of a layer
+Product = Callable[[jax.Array, Any], jax.Array]
 
-Product = Callable[[jax.Array, QTensor], jax.Array]
 
-
-def borrow_derivative(
-    run: Product, lender: Product, x: jax.Array, w: QTensor
-) -> jax.Array:
+def borrow_derivative(run: Product, lender: Product, x: jax.Array, w: Any) -> jax.Array:
     """Return ``run(x, w)`` with the derivative of ``lender`` at the same place.
 
     Integer arithmetic has no derivative: that of the same product in floats, with the
@@ -28,7 +25,7 @@ def borrow_derivative(
     """
 
     @jax.custom_jvp
-    def product(x: jax.Array, w: QTensor) -> jax.Array:
+    def product(x: jax.Array, w: Any) -> jax.Array:
         return run(x, w)
 
     def rule(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,110 +10,27 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.formats.codebook import CodebookFormat
-from jaxq.ops.activation import quantized_input, split_outliers, static_or_dynamic
-from jaxq.ops.derivative import Product, borrow_derivative
+from jaxq.layer import Layer
+from jaxq.ops.accelerated import accelerated
+from jaxq.ops.activation import quantized_input, split_outliers
+from jaxq.ops.derivative import borrow_derivative
 from jaxq.ops.outliers import outlier_product
+from jaxq.ops.problem import Choice, Kernel, Problem
 from jaxq.qtensor import QTensor
+from jaxq.relayout import PLANAR, relayout
 from jaxq.spec import QuantSpec
+from pallas_kernels.target import Target
 from pallas_kernels.xla import fused_dot, integer_dot, integer_tiled_dot, tiled_dot
 from pallas_kernels.xla.fused_dot import sum_block
 
 # Measured with benchmarks/linear.py on x86 with AMX, 4096 x 4096.
 FEW_ROWS = 2  # up to here, decoding for every row costs less than writing floats
-SMALL_ROWS = 4  # up to here, converting tiles to bfloat16 costs more than it saves
 MANY_ROWS = 256  # up to here, tiles of int8 stay in the cache; beyond, it is all one
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A product ``x[M, K] @ w[K, N]`` in the form every kernel takes.
-
-    Attributes:
-        x: the activation, float.
-        w: the weight; packed along K, its input scale already applied to ``x``.
-        precision: as in `jax.lax.dot_general`.
-    """
-
-    x: jax.Array
-    w: QTensor
-    precision: lax.PrecisionLike = None
-
-    @property
-    def compute_dtype(self) -> DTypeLike:
-        """The operand dtype: float32, or bfloat16 for some rows of bfloat16."""
-        some = self.x.shape[0] > SMALL_ROWS
-        return self.x.dtype if some and self.x.dtype == jnp.bfloat16 else jnp.float32
-
-    def arrays(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Return codes, and per column float32 scales and zeros in ``dtype``."""
-        zeros = self.w.zeros
-        return (
-            self.w.codes,
-            self.per_column(self.w.scale_values()),
-            None if zeros is None else self.per_column(zeros.astype(dtype)),
-        )
-
-    @property
-    def packing(self) -> dict[str, Any]:
-        """How the kernels' codes are packed and grouped."""
-        return {
-            "bits": self.w.spec.bits,
-            "pack": self.w.pack,
-            "group": self.w.blocks[0],
-        }
-
-    def quantized_activation(self) -> QTensor:
-        """Return ``x`` quantized as the weight asks.
-
-        Raises:
-            ValueError: when the weight leaves activations float.
-        """
-        if self.w.activation is None:
-            raise ValueError(f"{self.w!r} leaves its activations float")
-        return static_or_dynamic(self.x, self.w, self.w.activation)
-
-    def per_column(self, values: jax.Array) -> jax.Array:
-        """Spread one value per block over columns: ``[groups, N]``."""
-        columns, block = self.w.shape[1], self.w.blocks[1]
-        if values.shape[1] == columns:
-            return values
-        if values.shape[1] == 1:
-            return jnp.broadcast_to(values, (values.shape[0], columns))
-        return jnp.repeat(values, block, axis=1)[:, :columns]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One row of the table.
-
-    Attributes:
-        name: shown by `jaxq.explain`.
-        backends: where it may run.
-        declines: the reason it does not take a problem, or None.
-        run: the float32 product ``[M, N]``.
-        derivative: the kernel whose derivative stands in for its own, if any.
-    """
-
-    name: str
-    backends: tuple[str, ...]
-    declines: Callable[[Problem], str | None]
-    run: Callable[[Problem], jax.Array]
-    derivative: Callable[[Problem], jax.Array] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which kernel took a problem, and what the ones before it said."""
-
-    kernel: str
-    declined: tuple[tuple[str, str], ...] = ()
 
 
 def _needs_planar(p: Problem) -> str | None:
     if p.w.axis % p.w.ndim != 0:
         return "the weight is packed along an axis that is not contracted"
-    if p.w.layout != "planar":
-        return f"the codes are in layout {p.w.layout!r}"
     return "the weight has an offset" if p.w.offset is not None else None
 
 
@@ -260,35 +176,77 @@ KERNELS: tuple[Kernel, ...] = (
 )
 
 
-def choose(p: Problem) -> tuple[Kernel, Choice]:
-    """Return the first kernel of the table that takes the problem, and the record."""
-    backend = jax.default_backend()
+def choose(p: Problem, target: Target) -> tuple[Kernel, Choice]:
+    """Return the first kernel that takes the problem, and the record.
+
+    The chip's own kernels are asked first. Those of the table take a single matrix in
+    the canonical layout: `planar_problem`.
+    """
     declined: list[tuple[str, str]] = []
+    for kernel in accelerated(target):
+        reason = kernel.declines(p)
+        if reason is None:
+            return kernel, Choice(kernel.name, tuple(declined))
+        declined.append((kernel.name, reason))
+    shapes = jax.eval_shape(lambda x, w, i: planar_arrays(x, w, i), p.x, p.w, p.layer)
+    plain = dataclasses.replace(p, x=shapes[0], w=shapes[1], layer=None)
     for kernel in KERNELS:
-        elsewhere = None if backend in kernel.backends else f"not for {backend}"
-        reason = elsewhere or kernel.declines(p)
+        elsewhere = target.backend not in kernel.backends
+        reason = f"not for {target.backend}" if elsewhere else kernel.declines(plain)
         if reason is None:
             return kernel, Choice(kernel.name, tuple(declined))
         declined.append((kernel.name, reason))
     raise RuntimeError("the last kernel of the table must take every problem")
 
 
-def multiply(p: Problem) -> tuple[jax.Array, Choice]:
-    """Run the chosen kernel: float32 ``[M, N]`` and the record of the choice."""
-    kernel, choice = choose(p)
+def planar_arrays(
+    x: jax.Array, w: QTensor, layer: jax.Array | None
+) -> tuple[jax.Array, QTensor]:
+    """Return a problem's operands as the kernels in plain XLA take them.
+
+    Relaid codes are packed again: a copy of the packed bytes, never of floats.
+    """
+    w = w if layer is None else Layer(w, layer).taken()
+    return x, relayout(w, PLANAR)
+
+
+def multiply(p: Problem, target: Target | None = None) -> tuple[jax.Array, Choice]:
+    """Run the chosen kernel: ``[M, N]`` in float32 or the dtype asked for.
+
+    Args:
+        p: the product.
+        target: the chip to choose for; by default the one this will run on.
+
+    Returns:
+        The product, and the record of the choice.
+    """
+    kernel, choice = choose(p, Target.here() if target is None else target)
     w = dataclasses.replace(p.w, name=None)
-    return _product(p.x, w, kernel, p.precision), choice
+    return _product(p.x, (w, p.layer), kernel, p.precision, p.out_dtype), choice
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _product(
-    x: jax.Array, w: QTensor, kernel: Kernel, precision: lax.PrecisionLike
+    x: jax.Array,
+    weight: tuple[QTensor, jax.Array | None],
+    kernel: Kernel,
+    precision: lax.PrecisionLike,
+    out_dtype: DTypeLike,
 ) -> jax.Array:
     """Run a kernel; jitted, so that equal layers of a model are traced once."""
 
-    def of(run: Callable[[Problem], jax.Array]) -> Product:
-        return lambda x, w: run(Problem(x, w, precision))
+    def problem(x: jax.Array, w: QTensor, layer: jax.Array | None = None) -> Problem:
+        return Problem(x, w, precision, layer, out_dtype)
 
+    def lend(x: jax.Array, weight: Any) -> jax.Array:
+        lender = kernel.derivative or _run_tiles
+        return lender(problem(*planar_arrays(x, *weight)))
+
+    if kernel.accelerated:
+        # a derivative that is asked for is that of the product in plain XLA
+        run = lambda x, weight: kernel.run(problem(x, *weight)).astype(out_dtype)
+        return borrow_derivative(run, lend, x, weight)
     if kernel.derivative is None:
-        return of(kernel.run)(x, w)
-    return borrow_derivative(of(kernel.run), of(kernel.derivative), x, w)
+        return kernel.run(problem(*planar_arrays(x, *weight)))
+    run = lambda x, weight: kernel.run(problem(*planar_arrays(x, *weight)))
+    return borrow_derivative(run, lend, x, weight)

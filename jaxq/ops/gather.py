@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.qtensor import QTensor
+from jaxq.relayout import PLANAR, relayout
 from jaxq.views import ViewError, map_fields, plain_scales
 
 
@@ -43,6 +44,8 @@ def gather(
     )
     indexed = {*picked, *batching}
     _check_blocks(w, indexed, slice_sizes)
+    if any(axis >= w.ndim - 2 for axis in indexed):
+        w = relayout(w, PLANAR)
     if isinstance(w.scales, QTensor):
         w = plain_scales(w)
     if w.rows is not None:

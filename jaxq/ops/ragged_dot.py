@@ -8,8 +8,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxq.ops.activation import quantized_input, with_static_scales
-from jaxq.ops.dispatch import Choice
+from jaxq.ops.problem import Choice
 from jaxq.qtensor import QTensor
+from jaxq.relayout import PLANAR, relayout
 from jaxq.views import ViewError
 from pallas_kernels.xla import tiled_dot
 
@@ -37,6 +38,7 @@ def ragged_dot(
         raise ViewError("the experts are not packed along the contracted axis")
     if w.offset is not None:
         raise ViewError("the experts carry an offset")
+    w = relayout(w, PLANAR)
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
     x, w = _expert_input(x, w, group_sizes)
     experts, _, columns = w.shape

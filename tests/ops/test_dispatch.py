@@ -9,6 +9,7 @@ import pytest
 
 from jaxq import ops
 from jaxq.quantize import quantize
+from jaxq.relayout import relayout
 from jaxq.spec import QuantSpec
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -74,9 +75,11 @@ def test_reasons_name_the_cause():
     q = weight(QuantSpec("int8", 32, center=True))
     reasons = dict(choice_of(rows(64), q).declined)
     assert reasons["xla.tiled_dot"] == "the weight has an offset"
-    q = dataclasses.replace(weight(QuantSpec("int4", 32)), layout="exotic")
-    reasons = dict(choice_of(rows(64), q).declined)
-    assert "'exotic'" in reasons["xla.tiled_dot"]
+
+
+def test_relaid_codes_run_in_plain_xla_too():
+    q = jax.eval_shape(lambda q: relayout(q, "tpu"), weight(QuantSpec("int4", 32)))
+    assert choice_of(rows(64), q).kernel == "xla.tiled_dot"
 
 
 def test_a_view_that_fails_is_recorded():
