@@ -34,7 +34,7 @@ def attend(
         q: `[B, T, heads, d]`.
         k: `[B, S, kv_heads, d]`; query head `h` uses `h // (heads / kv_heads)`.
         v: `[B, S, kv_heads, d]`.
-        mask: `bool[B, T, S]`.
+        mask: `bool[B or 1, T or 1, S]`.
         scale: of the scores; None is `1 / sqrt(d)`.
         bias: added to them, `[B or 1, heads, T or 1, S]`.
         cap: scores `s` become `cap tanh(s / cap)` (Gemma 2).

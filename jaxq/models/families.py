@@ -7,8 +7,11 @@ variables are named as the checkpoint's tensors, and one row in `FAMILIES`.
 from collections.abc import Mapping
 from typing import Any
 
+from jaxq.models.bert import Bert, MaskedBert, read_bert, read_masked_bert
+from jaxq.models.bloom import Bloom, read_bloom
 from jaxq.models.experts import SparseLlama
-from jaxq.models.family import Family
+from jaxq.models.falcon import Falcon, read_falcon
+from jaxq.models.family import ENCODER, ENCODER_DECODER, Family
 from jaxq.models.family import Slot as Slot
 from jaxq.models.family import checkpoint_name as checkpoint_name
 from jaxq.models.gemma2 import Gemma, read_gemma2
@@ -25,6 +28,12 @@ from jaxq.models.qwen2 import read_qwen2
 from jaxq.models.qwen2_moe import read_qwen2_moe
 from jaxq.models.qwen3 import read_qwen3
 from jaxq.models.qwen3_moe import read_qwen3_moe
+from jaxq.models.roberta import (
+    MaskedRoberta,
+    read_masked_roberta,
+    read_roberta,
+)
+from jaxq.models.t5 import T5, read_t5
 from jaxq.names import lookup
 
 _QWEN = {
@@ -55,6 +64,36 @@ _MASKS = (
     ".attention.masked_bias",
 )
 _ROTARY = ("rotary_emb.inv_freq",)
+
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
+# the sentence pairs' head, and the other head's bias under its second name
+_BERT_OTHER = (
+    "cls.predictions.decoder.bias",
+    "cls.seq_relationship.weight",
+    "cls.seq_relationship.bias",
+)
+_TRANSFORM = "cls.predictions.transform"
+_BERT_HEADS = (
+    *_POOLER,
+    *_BERT_OTHER,
+    "cls.predictions.bias",
+    "cls.predictions.decoder.weight",
+    f"{_TRANSFORM}.dense.weight",
+    f"{_TRANSFORM}.dense.bias",
+    f"{_TRANSFORM}.LayerNorm.weight",
+    f"{_TRANSFORM}.LayerNorm.bias",
+    f"{_TRANSFORM}.LayerNorm.gamma",
+    f"{_TRANSFORM}.LayerNorm.beta",
+)
+_ROBERTA_HEAD = (
+    "lm_head.bias",
+    "lm_head.decoder.weight",
+    "lm_head.decoder.bias",
+    "lm_head.dense.weight",
+    "lm_head.dense.bias",
+    "lm_head.layer_norm.weight",
+    "lm_head.layer_norm.bias",
+)
 
 _ROWS: tuple[Family, ...] = (
     Family(
@@ -184,6 +223,77 @@ _ROWS: tuple[Family, ...] = (
         prefix="gpt_neox.",
         outside=frozenset({"embed_out"}),
         unused=(*_MASKS, *_ROTARY),
+    ),
+    Family(
+        "bloom",
+        "BloomForCausalLM",
+        Bloom,
+        read_bloom,
+        {},
+        prefix="transformer.",
+    ),
+    Family(
+        "falcon",
+        "FalconForCausalLM",
+        Falcon,
+        read_falcon,
+        {"max_position_embeddings": 2048},
+        prefix="transformer.",
+    ),
+    Family(
+        "bert",
+        "BertModel",
+        Bert,
+        read_bert,
+        {},
+        prefix="bert.",
+        outside=frozenset(),
+        kind=ENCODER,
+        unused=_BERT_HEADS,
+    ),
+    Family(
+        "masked_bert",
+        "BertForMaskedLM",
+        MaskedBert,
+        read_masked_bert,
+        {},
+        model_type="bert",
+        prefix="bert.",
+        outside=frozenset({"cls"}),
+        kind=ENCODER,
+        unused=(*_POOLER, "cls.predictions.decoder.weight", *_BERT_OTHER),
+    ),
+    Family(
+        "roberta",
+        "RobertaModel",
+        Bert,
+        read_roberta,
+        {},
+        prefix="roberta.",
+        outside=frozenset(),
+        kind=ENCODER,
+        unused=(*_POOLER, *_ROBERTA_HEAD),
+    ),
+    Family(
+        "masked_roberta",
+        "RobertaForMaskedLM",
+        MaskedRoberta,
+        read_masked_roberta,
+        {},
+        model_type="roberta",
+        prefix="roberta.",
+        kind=ENCODER,
+        unused=(*_POOLER, "lm_head.decoder.weight", "lm_head.decoder.bias"),
+    ),
+    Family(
+        "t5",
+        "T5ForConditionalGeneration",
+        T5,
+        read_t5,
+        {},
+        prefix="",
+        kind=ENCODER_DECODER,
+        unused=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     ),
 )
 

@@ -42,10 +42,12 @@ def transformers_output(folder: Path, arrays: dict[str, np.ndarray]) -> np.ndarr
 
     config = json.loads((folder / "config.json").read_text())
     kind = getattr(transformers, config["architectures"][0])
+    # Falcon's eager attention adds alibi twice, beside the scores and in the mask
+    attention = "sdpa" if config.get("alibi") else "eager"
     model, info = kind.from_pretrained(
         folder,
         dtype=torch.float32,
-        attn_implementation="eager",
+        attn_implementation=attention,
         output_loading_info=True,
     )
     # the pooler of an encoder is not ours: it is of no use to sentence embeddings

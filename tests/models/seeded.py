@@ -37,6 +37,21 @@ GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 GPT2 |= {"bos_token_id": 0, "eos_token_id": 0}
 OPT = {k: v for k, v in NEOX.items() if k != "intermediate_size"}
 OPT |= {"ffn_dim": 48, "word_embed_proj_dim": 32}
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+BLOOM = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2} | IDS
+FALCON = {k: v for k, v in NEOX.items() if k != "intermediate_size"}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 12,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 16,
+    "decoder_start_token_id": 0,
+} | IDS
 # the families whose configs have all keys of SMALL
 _SMALL = ("llama", "mixtral", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3", "phi3")
 
@@ -142,6 +157,48 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | _rope(partial_rotary_factor=0.25)
         | {"use_parallel_residual": False, "attention_bias": False},
     ),
+    "bloom": ("bloom", BLOOM | {"n_head": 4}),
+    # six heads: slopes between those of a power of two
+    "bloom_normed": (
+        "bloom",
+        BLOOM
+        | {
+            "n_head": 6,
+            "hidden_size": 48,
+            "apply_residual_connection_post_layernorm": True,
+        },
+    ),
+    "falcon_7b": ("falcon", FALCON | _rope()),
+    "falcon_40b": (
+        "falcon",
+        FALCON | _rope() | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon_11b": (
+        "falcon",
+        FALCON
+        | _rope()
+        | {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+            "ffn_hidden_size": 48,
+        },
+    ),
+    "falcon_rw": (
+        "falcon",
+        FALCON
+        | {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+    "bert": ("bert", NEOX),
+    "masked_bert": ("masked_bert", NEOX | {"hidden_act": "gelu_new"}),
+    "roberta": ("roberta", NEOX | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "masked_roberta": ("masked_roberta", NEOX | {"pad_token_id": 1}),
+    "t5": ("t5", T5),
+    "t5_gated": (
+        "t5",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -160,7 +217,8 @@ def seeded_weights(slots: dict[str, Any]) -> dict[str, np.ndarray]:
         shape = slots[name].shape
         scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.3
         values = rng.normal(0, scale, shape)
-        norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
+        norm = any(part in name.lower() for part in ("norm", "ln_"))
+        norm = norm and name.endswith("weight")
         weights[name] = (values + (1.0 if norm else 0.0)).astype(jnp.bfloat16)
     return weights
 

@@ -14,7 +14,7 @@ from tests.models.seeded import CASES, SEEDED, stored_config, write_seeded
 
 # Both sides compute in float32 and sum in different orders; see test_llama.
 TOLERANCE = 1e-4
-ARGUMENTS = ("tokens", "mask", "targets")
+ARGUMENTS = ("tokens", "targets", "mask")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_outputs_equal_transformers(load, name):
     got, want = apply(model.params, *given), stored["logits"]
     if "mask" in stored and "targets" not in stored:
         kept = stored["mask"][..., None].astype(bool)
-        got, want = got * kept, want * kept
+        got, want = np.asarray(got) * kept, want * kept
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
@@ -63,6 +63,10 @@ def test_outputs_equal_transformers(load, name):
         "gpt2",
         "opt",
         "gpt_neox",
+        "bloom",
+        "falcon_7b",
+        "falcon_40b",
+        "falcon_rw",
     ],
 )
 def test_reading_in_pieces_with_a_cache_equals_reading_at_once(load, name):
@@ -79,7 +83,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(load, name):
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt", "bloom"])
 def test_padding_changes_nothing(load, name):
     model, apply, stored = load(name)
     tokens = jnp.asarray(stored["tokens"][:, :24])
@@ -134,6 +138,9 @@ def test_a_folder_that_transformers_wrote_gives_its_logits(name, tmp_path):
     config = stored_config(name)
     kind = getattr(transformers, config["architectures"][0])
     theirs = kind(kind.config_class.from_dict(config)).float()
+    if name == "t5_gated":  # whose head transformers 5 ties until a file unties it
+        head = theirs.lm_head.weight
+        theirs.lm_head.weight = type(head)(1.5 * head.detach())
     theirs.save_pretrained(tmp_path)
     stored = load_file(SEEDED / name / "golden.safetensors")
     given = {n: a for n, a in stored.items() if n != "logits"}
@@ -143,12 +150,14 @@ def test_a_folder_that_transformers_wrote_gives_its_logits(name, tmp_path):
     got = jax.jit(model.module.apply)(model.params, *arrays)
     if "mask" in given and "targets" not in given:
         kept = given["mask"][..., None].astype(bool)
-        got, want = got * kept, want * kept
+        got, want = np.asarray(got) * kept, want * kept
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.compare
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "gpt2", "gemma2", "bert", "t5"]
+)
 def test_a_folder_that_is_written_again_is_what_was_read(load, name, tmp_path):
     from tests.models.make_seeded import transformers_output
 
