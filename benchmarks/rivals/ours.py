@@ -8,19 +8,23 @@ import numpy as np
 import jaxq
 from benchmarks.rivals.protocol import Clock, options, write_run
 from jaxq import PRESETS, QuantSpec, Recipe, Rule
+from jaxq.method import gptq
 from jaxq.models.families import checkpoint_name
 
 SCALES = ("bfloat16", "float16", "float32")
-METHODS = ("mse", "gptq", "awq", "autoround")
+METHODS = ("mse", "gptq", "gptq-plain", "awq", "autoround")
 
 
 def recipe(variant: str, bits: int, group: int) -> Recipe:
     """Return a preset, with embedding and head left float."""
     kept = Rule("*", ops=("gather",)), Rule("*lm_head*", required=False)
-    method, _, scale = variant.partition("-")
-    spec = QuantSpec(f"uint{bits}", group, symmetric=False, scale=scale or "bfloat16")
+    method, _, detail = variant.partition("-")
+    scale = detail if detail in SCALES else "bfloat16"
+    spec = QuantSpec(f"uint{bits}", group, symmetric=False, scale=scale)
     if method == "rtn":
         return Recipe(variant, (*kept, Rule("*", spec)))
+    if detail == "plain":  # neither float stream nor sweeps, as the other libraries
+        return Recipe(variant, (*kept, Rule("*", spec, solver=gptq(damping=0.01))))
     suffix = "" if method == "mse" else f"-{method}"
     names = f"w{bits}a16{suffix}", f"w4a16{suffix}"
     preset = next(PRESETS[name] for name in names if name in PRESETS)
