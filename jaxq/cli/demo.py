@@ -32,7 +32,17 @@ from jaxq.report import (
     write_report,
 )
 
-RECIPES = ("w8a16", "w8a8", "nf4", "w4a16", "mxfp4", "w3a16", "w2a16")
+RECIPES = (
+    "w8a16",
+    "w8a8",
+    "nf4",
+    "w4a16",
+    "mxfp4",
+    "w3a16",
+    "w3a16-gptq",
+    "w2a16",
+    "w2a16-gptq",
+)
 QUICK_RECIPES = ("w8a16", "nf4", "w4a16", "w2a16")
 WINDOWS, QUICK_WINDOWS = 24, 6
 BATCH = 2  # several batches, so that the first, which compiles, need not be timed

@@ -55,7 +55,10 @@ def ragged_dot(replay: "Replay", eqn: Any, values: list[Any]) -> jax.Array:
             x, leaf, values[2], eqn.params["precision"], eqn.outvars[0].aval.dtype
         )
     except ViewError as reason:
-        choice = ops.Choice("dequantize", (("xla.tiled_ragged_dot", str(reason)),))
+        why = str(reason)
+        if leaf.activation is not None:
+            why += "; the activation stays float"
+        choice = ops.Choice("dequantize", (("xla.tiled_ragged_dot", why),))
         y = replay.float_equation(eqn, [x, leaf.dequantize(), *values[2:]])
     replay.product(leaf, "ragged_dot", contract, x, choice)
     return y
