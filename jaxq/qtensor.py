@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 
@@ -36,6 +37,7 @@ STATIC_FIELDS = (
     "dtype",
     "activation",
     "layout",
+    "sharding",
     "name",
 )
 
@@ -76,6 +78,8 @@ class QTensor:
         dtype: the dtype of the tensor it stands for.
         activation: how a matrix product quantizes the other operand, or None.
         layout: how codes are arranged; ``"planar"`` is the canonical one.
+        sharding: where the tensor it stands for lies on a mesh, as far as kernels must
+            know (see `jaxq.shard_params`); the last two axes count. Not saved.
         name: the parameter's path, for messages; not part of saved files.
     """
 
@@ -96,6 +100,7 @@ class QTensor:
     dtype: Any = dataclasses.field(kw_only=True)
     activation: QuantSpec | None = dataclasses.field(kw_only=True, default=None)
     layout: str = dataclasses.field(kw_only=True, default="planar")
+    sharding: NamedSharding | None = dataclasses.field(kw_only=True, default=None)
     name: str | None = dataclasses.field(kw_only=True, default=None)
 
     @property

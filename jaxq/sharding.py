@@ -1,5 +1,6 @@
 """Where the arrays of a `QTensor` live on a mesh: like the weight, where possible."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxq.qtensor import QTensor
+from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.solvers.base import Solved
 
 
@@ -43,6 +44,40 @@ def shard_like(q: QTensor, weight: Any) -> QTensor:
     if isinstance(weight, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
         return q
     return jax.device_put(q, qtensor_shardings(q, sharding))
+
+
+def shard_params(params: Any, shardings: Any) -> Any:
+    """Place parameters on a mesh, and let quantized ones say so to their kernels.
+
+    `jaxq.quantized` then multiplies every device's part of a matrix by itself (see
+    `jaxq.ops.parallel`), also under `jax.jit`, which could not cut a kernel.
+
+    Args:
+        params: a tree of arrays and `QTensor`s, real or abstract.
+        shardings: the same tree of `jax.sharding.NamedSharding`s, as for the float
+            parameters; None leaves a parameter where it is.
+
+    Returns:
+        The tree, placed; abstract leaves get their sharding.
+    """
+
+    def put(leaf: Any, sharding: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    def one(leaf: Any, sharding: NamedSharding | None) -> Any:
+        if sharding is None:
+            return leaf
+        if not is_qtensor(leaf):
+            return put(leaf, sharding)
+        q = dataclasses.replace(leaf, sharding=None)
+        placed = jax.tree.map(put, q, qtensor_shardings(q, sharding))
+        short = q.ndim - len(sharding.spec)
+        spec = PartitionSpec(*sharding.spec, *(None,) * short)
+        return dataclasses.replace(placed, sharding=NamedSharding(sharding.mesh, spec))
+
+    return jax.tree.map(one, params, shardings, is_leaf=is_qtensor)
 
 
 def solved_on_mesh(solve: Callable[[jax.Array], Solved], weight: Any) -> Solved:

@@ -34,13 +34,18 @@ def astype(q: QTensor, dtype: DTypeLike) -> QTensor:
 
 def transpose(q: QTensor, permutation: Sequence[int]) -> QTensor:
     """Permute the axes."""
-    q = relayout(q, PLANAR)
+    q = unplaced(relayout(q, PLANAR))
     new_axis = list(permutation).index(q.axis % q.ndim) - q.ndim
     block = tuple(q.blocks[i] for i in permutation)
     scales = q.scales
     scales = transpose(scales, permutation) if isinstance(scales, QTensor) else None
     q = map_fields(q, lambda a: jnp.transpose(a, permutation), scales=scales)
     return dataclasses.replace(q, axis=new_axis, block=block)
+
+
+def unplaced(q: QTensor) -> QTensor:
+    """Return ``q`` without what it says of a mesh: its last axes will be others."""
+    return q if q.sharding is None else dataclasses.replace(q, sharding=None)
 
 
 def plain_scales(q: QTensor) -> QTensor:
@@ -71,7 +76,7 @@ def slice_axis(
         raise ViewError(f"slice {start}:{start + size} cuts a block of {block}")
     if packed and (q.padding or any(end % q.pack for end in ends)):
         raise ViewError(f"slice {start}:{start + size} cuts packed codes of {q.pack}")
-    q = plain_scales(q if axis < q.ndim - 2 else relayout(q, PLANAR))
+    q = plain_scales(q if axis < q.ndim - 2 else unplaced(relayout(q, PLANAR)))
 
     def part(a: jax.Array) -> jax.Array:
         if a.shape[axis] == 1:
@@ -101,7 +106,7 @@ def index_axis(
     """
     if axis == q.axis % q.ndim:
         raise ViewError("indexes the packed axis")
-    q = q if axis < q.ndim - 2 else relayout(q, PLANAR)
+    q = q if axis < q.ndim - 2 else unplaced(relayout(q, PLANAR))
     if q.blocks[axis] > 1:
         raise ViewError(f"indexes an axis with blocks of {q.blocks[axis]}")
     q, length = plain_scales(q), q.shape[axis]
@@ -153,7 +158,7 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
     Raises:
         ViewError: when a block or packed codes would not stay together.
     """
-    q, packed = relayout(q, PLANAR), q.axis % q.ndim
+    q, packed = unplaced(relayout(q, PLANAR)), q.axis % q.ndim
     runs = [_run(q, *group, tuple(shape)) for group in axis_groups(q.shape, shape)]
     if q.rows is not None:
         return _reshape_stored(q, runs, shape)

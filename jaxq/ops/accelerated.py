@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.ops.activation import row_scale
+from jaxq.ops.parallel import Split
 from jaxq.ops.problem import Kernel, Problem
 from jaxq.qtensor import QTensor
 from jaxq.spec import QuantSpec
@@ -34,12 +35,21 @@ def _row(kernel: pallas.Kernel, target: Target) -> Kernel:
         reason = _not_a_product_of_codes(p)
         if reason is None and p.w.layout != kernel.layout:
             reason = f"the codes are in layout {p.w.layout!r}, not {kernel.layout!r}"
-        return reason or kernel.declines(facts(p))
+        if reason is not None:
+            return reason
+        known, split = facts(p), Split.of(p.w.sharding, p.x.shape[0])
+        if split is None:
+            return kernel.declines(known)
+        return split.declines(known) or kernel.declines(split.local(known))
+
+    def alone(known: pallas.Problem, a: pallas.Operands) -> jax.Array:
+        return kernel.run(known, a, tuned_tile(kernel, known, target), target.interpret)
 
     def run(p: Problem) -> jax.Array:
-        known = facts(p)
-        tile = tuned_tile(kernel, known, target)
-        return kernel.run(known, operands(p), tile, target.interpret)
+        split = Split.of(p.w.sharding, p.x.shape[0])
+        if split is None:
+            return alone(facts(p), operands(p))
+        return split.run(alone, facts(p), operands(p))
 
     return Kernel(kernel.name, (target.backend,), declines, run, accelerated=True)
 

@@ -1,0 +1,137 @@
+"""Tensor parallelism: a kernel on every device's part of a weight.
+
+A compiler cannot cut a kernel; it can only be told. A weight that says how it lies on a
+mesh (`jaxq.shard_params`) is multiplied inside `jax.shard_map`:
+
+- columns split (column parallel): every device makes its columns of the result;
+- rows split (row parallel): every device makes a summand, and they are added up.
+
+Rows of the activation are split over the mesh's other axes, where they divide.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from pallas_kernels.kernel import Operands, Problem
+
+Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a product is split over a mesh.
+
+    Attributes:
+        mesh: the devices.
+        rows: mesh axes over which the rows of the activation are split.
+        inner: mesh axes over which the weight's rows are split.
+        columns: mesh axes over which its columns are.
+    """
+
+    mesh: Mesh
+    rows: Axes
+    inner: Axes
+    columns: Axes
+
+    @classmethod
+    def of(cls, sharding: Any, rows: int) -> "Split | None":
+        """Return the split of ``x[rows, K] @ w``, or None when it is not split.
+
+        Args:
+            sharding: the `jax.sharding.NamedSharding` of the weight, or None.
+            rows: of the activation.
+        """
+        if sharding is None or _is_local(sharding.mesh):
+            return None
+        inner, columns = (_axes(entry) for entry in tuple(sharding.spec)[-2:])
+        free = tuple(a for a in sharding.mesh.axis_names if a not in (*inner, *columns))
+        split = cls(sharding.mesh, free, inner, columns)
+        if rows % split.ways(free):
+            split = dataclasses.replace(split, rows=())
+        return split
+
+    def ways(self, axes: Axes) -> int:
+        """Return into how many parts ``axes`` split."""
+        return math.prod(self.mesh.shape[a] for a in axes)
+
+    def local(self, p: Problem) -> Problem:
+        """Return the facts of one device's part."""
+        inner = p.inner // self.ways(self.inner)
+        return dataclasses.replace(
+            p,
+            rows=p.rows // self.ways(self.rows),
+            inner=inner,
+            columns=p.columns // self.ways(self.columns),
+            group=inner if p.group == p.inner else p.group,
+            out_dtype="float32" if self.inner else p.out_dtype,
+        )
+
+    def declines(self, p: Problem) -> str | None:
+        """Return why a product does not split evenly, or None."""
+        n = self.ways(self.inner)
+        if p.inner % n or p.columns % self.ways(self.columns):
+            return f"{p.inner}x{p.columns} does not split over {dict(self.mesh.shape)}"
+        if p.group < p.inner and (p.inner // n) % p.group:
+            return f"groups of {p.group} are cut by {n} parts of {p.inner} rows"
+        return None
+
+    def run(
+        self, kernel: Callable[[Problem, Operands], jax.Array], p: Problem, a: Operands
+    ) -> jax.Array:
+        """Run ``kernel`` on every device's part: ``[M, N]``."""
+        local, specs = self.local(p), self._specs(p, a)
+        names = [
+            f.name for f in dataclasses.fields(a) if getattr(a, f.name) is not None
+        ]
+
+        def part(*arrays: jax.Array) -> jax.Array:
+            y = kernel(local, Operands(**dict(zip(names, arrays, strict=True))))
+            return jax.lax.psum(y, self.inner) if self.inner else y
+
+        y = jax.shard_map(
+            part,
+            mesh=self.mesh,
+            in_specs=tuple(specs[name] for name in names),
+            out_specs=PartitionSpec(self.rows, self.columns),
+            check_vma=False,
+        )(*(getattr(a, name) for name in names))
+        return y.astype(jnp.dtype(p.out_dtype))
+
+    def _specs(self, p: Problem, a: Operands) -> dict[str, PartitionSpec]:
+        """Return how every operand is split."""
+        lead = (None,) * (a.codes.ndim - 2)
+        groups = self.inner if p.group < p.inner else None
+        columns = self.columns if a.scales.shape[-1] > 1 else None
+        per_group = PartitionSpec(*lead, groups, columns)
+        return {
+            "x": PartitionSpec(self.rows, self.inner),
+            "codes": PartitionSpec(*lead, self.inner, self.columns),
+            "scales": per_group,
+            "zeros": per_group,
+            "x_scale": PartitionSpec(self.rows, None),
+            "layer": PartitionSpec(),
+        }
+
+
+def _axes(entry: Any) -> Axes:
+    """Return the mesh axes of one entry of a partition."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _is_local(mesh: Mesh) -> bool:
+    """Whether this is traced inside a `jax.shard_map` over the mesh's axes already."""
+    here = jax.sharding.get_abstract_mesh()
+    manual = {
+        name
+        for name, kind in zip(here.axis_names, here.axis_types, strict=True)
+        if kind == AxisType.Manual
+    }
+    return bool(manual & set(mesh.axis_names)) or mesh.size == 1
