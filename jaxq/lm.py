@@ -1,45 +1,23 @@
-"""`LM`: a language model with its tokenizer, float or quantized, in one object."""
+"""`LM`: a language model with its tokenizer, float or quantized; `load_model`."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.evaluate import (
-    bits_per_weight,
-    cut_windows,
-    parameter_count,
-    stored_bytes,
-)
+from jaxq.encoder import Encoder, read_pooling, write_pooling
+from jaxq.encoder_decoder import EncoderDecoder
 from jaxq.lift import quantized
-from jaxq.pipeline import Progress, quantize_with_evidence
-from jaxq.plan import Plan, plan
-from jaxq.presets import as_recipe
-from jaxq.qtensor import QTensor, is_qtensor
+from jaxq.model import TIMINGS, Model
 from jaxq.recipe import Recipe
 from jaxq.relayout import relayout_params
-from jaxq.spec import QuantSpec
-
-if TYPE_CHECKING:  # flax and tokenizers take a second to import: only when needed
-    from tokenizers import Tokenizer
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo_model"
-
-CALIBRATION_TOKENS = 512
-CALIBRATION_SEQUENCES = 128
-# Tokens that run at once. On a CPU so few that the attention's scores stay in the cache:
-# the demo model calibrates in a tenth less time than with 4096.
-BATCH_TOKENS = {"cpu": 1024}
-BATCH_TOKENS_ELSEWHERE = 4096
-
-TIMINGS = "timings.json"
 
 # Carried along when a model is saved, so that the copy is complete.
 SIDE_FILES = (
@@ -51,71 +29,20 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 
-Calibration = str | Sequence[str] | np.ndarray | jax.Array
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class LM:
-    """A causal language model: parameters, function, shape and tokenizer.
+class LM(Model):
+    """A causal language model.
 
     Immutable: `quantize` returns another one. Made by `load_model`.
+    ``apply(params, token_ids[B, T])`` returns ``float32[B, T, vocab]``; for the other
+    attributes see `Model`.
 
     Attributes:
-        params: Flax variables ``{"params": {...}}``; leaves are arrays or `QTensor`s.
-        apply: ``apply(params, token_ids[B, T]) -> float32[B, T, vocab]``, compiled once
-            per shape and structure; takes quantized and float parameters.
-        forward: the plain float function behind ``apply``.
-        config: the model's shape, for example ``config.context``.
-        tokenizer: a `tokenizers.Tokenizer`, or None where the folder had none.
         eos: the tokens that end a text.
-        files: the texts of the files that lie beside the weights, by name.
-        name: for tables and messages.
-        recipe: what it was quantized with, or None.
-        evidence: of every quantized weight, by path, as plain data: what calibration
-            saw and what rounding cost (see `jaxq.Evidence`).
-        calibration: what it was calibrated on, as plain data; empty without data.
-        folder: where its weights were read from, or None.
-        notes: what was not taken as it is from a checkpoint that another library
-            quantized, and why, by tensor.
-        codec: the format its weights were read from, such as ``gptq``, or ``float``.
     """
 
-    params: Any
-    apply: Callable[..., Any]
-    forward: Callable[..., Any]
-    config: Any
-    tokenizer: "Tokenizer | None"
     eos: tuple[int, ...] = ()
-    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    name: str = "model"
-    recipe: Recipe | None = None
-    evidence: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    calibration: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    folder: Path | None = None
-    notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    codec: str = "float"
-
-    @property
-    def fallbacks(self) -> dict[str, str]:
-        """The weights that are not what the recipe asked for, and why."""
-        found = ((path, e.get("fallback")) for path, e in self.evidence.items())
-        return {path: why for path, why in found if why}
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of all parameters."""
-        return stored_bytes(self.params)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits per weight over all parameters, float ones included."""
-        return bits_per_weight(self.params)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether any parameter is a `QTensor`."""
-        leaves = jax.tree.leaves(self.params, is_leaf=is_qtensor)
-        return any(isinstance(leaf, QTensor) for leaf in leaves)
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text, ``int32[tokens]``, as the tokenizer has them.
@@ -123,8 +50,7 @@ class LM:
         Raises:
             ValueError: when the model has no tokenizer.
         """
-        tokenizer = self._need_tokenizer()
-        return np.asarray(tokenizer.encode(text).ids, np.int32)
+        return self.tokens_of(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out.
@@ -204,174 +130,15 @@ class LM:
                 shown = text
         yield self.decode(made)[len(shown) :]
 
-    def plan(
-        self, cfg: str | Recipe | QuantSpec, group_size: int | None = None
-    ) -> Plan:
-        """Say what `quantize` would do to every parameter; reads no weights."""
-        return plan(
-            self.forward, self.params, cfg, _example_tokens(), group_size=group_size
-        )
-
-    def quantize(
-        self,
-        cfg: str | Recipe | QuantSpec,
-        calibration: Calibration | None = None,
-        group_size: int | None = None,
-        *,
-        progress: Progress | None = None,
-    ) -> "LM":
-        """Return this model with quantized weights.
-
-        Args:
-            cfg: a preset's name, a `Recipe`, or a `QuantSpec` for every product.
-            calibration: for recipes that need data: a text, several texts, or
-                ``int[sequences, tokens]``.
-            group_size: replaces the recipe's group size.
-            progress: called after every parameter, see `jaxq.quantize_params`.
-
-        Raises:
-            ValueError: when the model is quantized already, a weight is not finite, or
-                a recipe needs data and there is none.
-        """
-        recipe = as_recipe(cfg, group_size)
-        batches, about = self.calibration_batches(recipe, calibration)
-        done = quantize_with_evidence(
-            self.params, recipe, self.forward, batches, progress=progress
-        )
-        return dataclasses.replace(
-            self,
-            params=done.params,
-            recipe=recipe,
-            evidence={e.path: e.to_dict() for e in done.evidence},
-            calibration=about,
-        )
-
-    def calibration_batches(
-        self, recipe: Recipe, calibration: Calibration | None
-    ) -> tuple[list[tuple[jax.Array]], dict[str, Any]]:
-        """Return what a recipe is calibrated on, and a description of it.
-
-        Without data, for a recipe that needs none, one batch that shows the shapes.
-
-        Raises:
-            ValueError: when the recipe needs data and there is none.
-        """
-        needy = [rule for rule in recipe.rules if rule.weight and rule.needs_data]
-        if calibration is None and needy:
-            what = "its static activation scale" if needy[0].static else needy[0].method
-            raise ValueError(
-                f"rule {needy[0].match!r} of recipe {recipe.name!r} needs data for "
-                f"{what}: give calibration= a text, or int[sequences, tokens]"
-            )
-        if calibration is None or not needy:
-            return [(_example_tokens(),)], {}
-        tokens = self.calibration_tokens(calibration)
-        about = {
-            "sequences": len(tokens),
-            "tokens": int(tokens.size),
-            "sha256": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest(),
-            "mode": "sequential",
-        }
-        return _batches(tokens), about
-
-    def calibration_tokens(self, calibration: Calibration) -> np.ndarray:
-        """Return ``int32[sequences, tokens]`` of a text, several, or tokens.
-
-        Texts are joined into one stream and cut into at most 128 windows of at most 512
-        tokens.
-
-        Raises:
-            ValueError: on an empty text, an array of another rank, or tokens that the
-                model does not know.
-        """
-        if isinstance(calibration, str):
-            calibration = [calibration]
-        if isinstance(calibration, np.ndarray | jax.Array):
-            return _checked_tokens(np.asarray(calibration), self.config.vocab_size)
-        stream = [self.encode(text) for text in calibration]
-        tokens = np.concatenate(stream) if stream else np.zeros(0, np.int32)
-        length = min(CALIBRATION_TOKENS, int(self.config.context))
-        return cut_windows(tokens, length, CALIBRATION_SEQUENCES)
-
-    def save(
-        self,
-        path: str | Path,
-        *,
-        backend: str = "safetensors",
-        overwrite: bool = False,
-    ) -> Path:
-        """Write a folder that `load_model` reads: weights, config and tokenizer.
-
-        Written completely or not at all, see `jaxq.save`.
-
-        Args:
-            path: the folder; made, with its parents.
-            backend: how the weights are stored, ``safetensors`` or ``orbax``.
-            overwrite: whether a checkpoint that is there is replaced.
-
-        Returns:
-            The folder.
-
-        Raises:
-            FileExistsError: when the folder is there already.
-            OSError: when the disk is full or not writable.
-        """
-        from jaxq.checkpoints.saving import save
-
-        return save(
-            path,
-            self.params,
-            recipe=self.recipe,
-            metadata=self.metadata(),
-            extra_files={**self.files, **timings(self.evidence)},
-            backend=backend,
-            overwrite=overwrite,
-        )
-
-    def metadata(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the evidence, the same for every run."""
-        if not self.evidence:
-            return {}
-        rows = {
-            path: {name: value for name, value in row.items() if name != "seconds"}
-            for path, row in self.evidence.items()
-        }
-        return {"evidence": rows, "calibration": dict(self.calibration)}
-
-    def __repr__(self) -> str:
-        """Say name, size and recipe in one line."""
-        how = self.codec if self.recipe is None else self.recipe.name
-        return (
-            f"LM({self.name}, {parameter_count(self.params):,} parameters, {how}, "
-            f"{self.bits_per_weight:.3f} bits/weight, {self.nbytes:,} bytes)"
-        )
-
-    def _need_tokenizer(self) -> "Tokenizer":
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{self.name} has no tokenizer: put its tokenizer.json into the "
-                f"model's folder"
-            )
-        return self.tokenizer
-
     def _prompt_tokens(self, prompt: str) -> list[int]:
         tokens = self.encode(prompt).tolist()
         return tokens or list(self.eos[:1])
 
 
-def timings(evidence: Mapping[str, Any]) -> dict[str, str]:
-    """Return the file that says how many seconds each weight took, if any did.
-
-    It stands apart from the manifest, which is the same for every run.
-    """
-    seconds = {p: round(e["seconds"], 3) for p, e in evidence.items() if "seconds" in e}
-    return {TIMINGS: json.dumps(seconds, indent=1) + "\n"} if seconds else {}
-
-
 def load_model(
     path: str | Path, dtype: Any = None, *, weights: bool = True, lazy: bool = False
-) -> LM:
-    """Load a language model, float or quantized, from a folder.
+) -> Any:
+    """Load a model, float or quantized, from a folder.
 
     Args:
         path: a Hugging Face folder (``config.json``, safetensors, ``tokenizer.json``),
@@ -384,6 +151,10 @@ def load_model(
             enough for `LM.plan`. (Quantized models are always read.)
         lazy: True reads every tensor of a float model when it is needed, again and
             again: for `jaxq.quantize_to`, which never holds the whole model.
+
+    Returns:
+        An `LM` for causal language models, an `Encoder` for BERT and its like, an
+        `EncoderDecoder` for T5.
 
     Raises:
         FileNotFoundError: the folder or a part of it is missing.
@@ -399,10 +170,10 @@ def load_model(
     is_demo = str(path) == DEMO
     folder = DEMO_FOLDER if is_demo else Path(path)
     read = _read_abstract if not weights and _is_float(folder) else _read_model
-    module, config, hf_config, about = read(folder, dtype, lazy)
+    family, config, hf_config, about = read(folder, dtype, lazy)
     if weights and not lazy:
         about["params"] = relayout_params(about["params"])
-    forward = module.apply
+    forward = family.module(config).apply
     name = DEMO if is_demo else folder.resolve().name
     folder = folder.parent if folder.is_file() else folder
     files = {
@@ -413,17 +184,30 @@ def load_model(
     if about.get("codec", "float") != "float":  # what is saved will be ours
         plain = {k: v for k, v in hf_config.items() if k != "quantization_config"}
         files["config.json"] = json.dumps(plain, indent=2) + "\n"
-    return LM(
-        apply=quantized(forward),
-        forward=forward,
-        config=config,
-        tokenizer=read_tokenizer(folder),
-        eos=_end_of_text(files, hf_config),
-        files=files,
-        name=name,
-        folder=folder,
-        **about,
-    )
+    whole: dict[str, Any] = {"apply": quantized(forward), "forward": forward, **about}
+    whole |= {"tokenizer": read_tokenizer(folder), "folder": folder, "name": name}
+    whole |= {"config": config, "files": files}
+    if family.kind == "encoder":
+        pooling = read_pooling(folder)
+        whole["files"] = files | write_pooling(pooling)
+        return Encoder(**whole, pooling=pooling)
+    kind = EncoderDecoder if family.kind == "encoder-decoder" else LM
+    return kind(**whole, eos=_end_of_text(files, hf_config))
+
+
+def load_lm(path: str | Path, dtype: Any = None, **options: bool) -> LM:
+    """Load a causal language model; see `load_model`.
+
+    Raises:
+        ValueError: the model is of another kind; also as there.
+    """
+    model = load_model(path, dtype, **options)
+    if not isinstance(model, LM):
+        raise ValueError(
+            f"{model.name} is a model of the kind {type(model).__name__}, which has no "
+            "next token to predict; give a causal language model"
+        )
+    return model
 
 
 def generate(lm: LM, prompt: str, max_new_tokens: int = 64, **settings: Any) -> str:
@@ -453,7 +237,7 @@ def _is_float(folder: Path) -> bool:
 
 
 def _read_abstract(folder: Path, dtype: Any, lazy: bool) -> _Read:
-    """Return module, config, config.json and the parameters by shape alone."""
+    """Return family, config, config.json and the parameters by shape alone."""
     from jaxq.checkpoints.huggingface import read_config
     from jaxq.models import find_family
 
@@ -462,11 +246,11 @@ def _read_abstract(folder: Path, dtype: Any, lazy: bool) -> _Read:
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     params = family.abstract(config, dtype or _config_dtype(folder))
-    return family.module(config), config, hf_config, {"params": params}
+    return family, config, hf_config, {"params": params}
 
 
 def _read_model(folder: Path, dtype: Any, lazy: bool) -> _Read:
-    """Return module, config, config.json, and the parameters with what is known."""
+    """Return family, config, config.json, and the parameters with what is known."""
     from jaxq.checkpoints import manifest
     from jaxq.checkpoints.huggingface import read_config
     from jaxq.checkpoints.loading import load
@@ -480,14 +264,14 @@ def _read_model(folder: Path, dtype: Any, lazy: bool) -> _Read:
             "notes": model.notes,
             "codec": model.codec,
         }
-        return model.module, model.config, model.hf_config, about
+        return model.family, model.config, model.hf_config, about
     found = manifest.read(folder)
     hf_config = read_config(folder)
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     about = _history(folder, found.recipe, found.metadata)
     params = {"params": load(folder)}
-    return family.module(config), config, hf_config, params | about
+    return family, config, hf_config, params | about
 
 
 def _history(folder: Path, recipe: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -520,32 +304,3 @@ def _end_of_text(
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
-
-
-def _example_tokens() -> jax.Array:
-    """Return tokens that show a language model's shapes, for tracing."""
-    return jnp.zeros((1, 8), jnp.int32)
-
-
-def _batches(tokens: np.ndarray) -> list[tuple[jax.Array]]:
-    """Cut sequences into batches."""
-    budget = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ELSEWHERE)
-    rows = max(1, budget // tokens.shape[1])
-    starts = range(0, len(tokens), rows)
-    return [(jnp.asarray(tokens[i : i + rows]),) for i in starts]
-
-
-def _checked_tokens(tokens: np.ndarray, vocab: int) -> np.ndarray:
-    """Return tokens as ``int32[sequences, tokens]`` that the model knows."""
-    if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
-        raise ValueError(
-            f"calibration is {tokens.dtype}{list(tokens.shape)}: give a text, texts, "
-            f"or integers [sequences, tokens]"
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocab:
-        raise ValueError(
-            f"calibration holds the token {low if low < 0 else high}, but the model "
-            f"knows 0 to {vocab - 1}: is the tokenizer another's?"
-        )
-    return tokens.astype(np.int32)

@@ -10,7 +10,7 @@ import jax
 
 from jaxq.checkpoints.identity import file_identity
 from jaxq.checkpoints.stream import StreamWriter, open_stream
-from jaxq.lm import LM, Calibration, timings
+from jaxq.model import Calibration, Model, timings
 from jaxq.pipeline import Calibration as Data
 from jaxq.pipeline import Evidence, Progress, run_plan
 from jaxq.plan import plan
@@ -46,7 +46,7 @@ class Written:
 
 
 def quantize_to(  # noqa: PLR0913  one verb, and what it may be told
-    lm: LM,
+    lm: Model,
     path: str | Path,
     cfg: str | Recipe | QuantSpec,
     calibration: Calibration | None = None,

@@ -24,7 +24,8 @@ from jaxq.comparison import (
     title,
 )
 from jaxq.comparison import compare as run_compare
-from jaxq.lm import CALIBRATION_SEQUENCES, load_model
+from jaxq.lm import load_lm
+from jaxq.model import CALIBRATION_SEQUENCES
 from jaxq.recipe import Recipe
 from jaxq.report import write_comparison
 
@@ -119,7 +120,7 @@ def compare(  # noqa: PLR0913  one argument per option
     folder = None if as_json and output is None else Path(output or _folder(model))
     _refuse_file(folder)
     with errors().status(f"loading {model}"):
-        lm = load_model(model)
+        lm = load_lm(model)
     with _watched(chosen) as watch:
         found = run_compare(
             lm,

@@ -9,7 +9,7 @@ from jaxq.cli.failures import guarded
 from jaxq.cli.options import Debug, Json, Model, read_text
 from jaxq.cli.screen import errors, print_json, progress, results, size
 from jaxq.evaluate import Evaluation, evaluate_text
-from jaxq.lm import LM, load_model
+from jaxq.lm import LM, load_lm
 
 
 @guarded
@@ -52,8 +52,8 @@ def evaluate(
     """
     content = read_text(text, "eval.txt")
     with errors().status("loading"):
-        lm = load_model(model)
-        other = None if reference is None else load_model(reference)
+        lm = load_lm(model)
+        other = None if reference is None else load_lm(reference)
     with progress() as bars:
         task = bars.add_task("evaluating", total=None)
         found = evaluate_text(

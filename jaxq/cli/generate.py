@@ -7,7 +7,7 @@ import typer
 from jaxq.cli.failures import guarded
 from jaxq.cli.options import Debug, Model
 from jaxq.cli.screen import errors, results
-from jaxq.lm import load_model
+from jaxq.lm import load_lm
 
 
 @guarded
@@ -40,7 +40,7 @@ def generate(  # noqa: PLR0913  one argument per option
       jaxq generate small -p "The module" -n 128 --temperature 0.8 --top-p 0.95
     """
     with errors().status("loading"):
-        lm = load_model(model)
+        lm = load_lm(model)
     pieces = lm.stream(
         prompt,
         max_new_tokens,

@@ -17,7 +17,8 @@ from jaxq.cli.failures import guarded
 from jaxq.cli.options import Debug, Json
 from jaxq.cli.screen import errors, print_json, results, size
 from jaxq.evaluate import bits_per_weight, parameter_count, stored_bytes
-from jaxq.lm import LM, TIMINGS, load_model
+from jaxq.lm import load_model
+from jaxq.model import TIMINGS, Model
 from jaxq.report import Evidence, read_evidence
 
 
@@ -121,7 +122,7 @@ def _quantized_rows(summary: Summary) -> list[Row]:
     return [(r.path, r.shape, r.spec, r.bytes, r.bits_per_weight) for r in summary.rows]
 
 
-def _float_rows(lm: LM) -> list[Row]:
+def _float_rows(lm: Model) -> list[Row]:
     flat, _ = jax.tree_util.tree_flatten_with_path(lm.params)
     return [
         (
@@ -135,7 +136,7 @@ def _float_rows(lm: LM) -> list[Row]:
     ]
 
 
-def _float_facts(path: str, lm: LM, rows: list[Row]) -> dict[str, Any]:
+def _float_facts(path: str, lm: Model, rows: list[Row]) -> dict[str, Any]:
     names = ("path", "shape", "spec", "bytes", "bits_per_weight")
     return {
         "path": path,

@@ -20,7 +20,8 @@ from jaxq.cli.options import (
     read_text,
 )
 from jaxq.cli.screen import errors, print_json, progress, results, size
-from jaxq.lm import LM, load_model
+from jaxq.lm import load_model
+from jaxq.model import Model as AnyModel
 from jaxq.recipe import Recipe
 from jaxq.streaming import quantize_to
 
@@ -133,7 +134,7 @@ class Done:
     resumed: int = 0
 
 
-def stream(lm: LM, work: Work) -> Done:
+def stream(lm: AnyModel, work: Work) -> Done:
     """Quantize block by block, each written as it is done."""
     with progress() as bars:
         task = bars.add_task(f"quantizing to {work.recipe.name}", total=None)
@@ -160,7 +161,7 @@ def stream(lm: LM, work: Work) -> Done:
     )
 
 
-def whole(lm: LM, work: Work) -> Done:
+def whole(lm: AnyModel, work: Work) -> Done:
     """Quantize in memory, and write all of it at the end."""
     small = run_quantize(lm, work.recipe, work.calibration, work.group_size)
     with errors().status(f"writing {work.output}"):
@@ -229,8 +230,8 @@ def tell_fallbacks(fallbacks: dict[str, str]) -> None:
 
 
 def run_quantize(
-    lm: LM, recipe: Recipe, calibration: str | None, group_size: int | None
-) -> LM:
+    lm: AnyModel, recipe: Recipe, calibration: str | None, group_size: int | None
+) -> AnyModel:
     """Quantize behind a progress bar."""
     with progress() as bars:
         task = bars.add_task(f"quantizing to {recipe.name}", total=None)

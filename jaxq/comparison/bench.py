@@ -20,7 +20,8 @@ from jaxq.evaluate import (
     parameter_count,
     text_windows,
 )
-from jaxq.lm import CALIBRATION_SEQUENCES, CALIBRATION_TOKENS, LM
+from jaxq.lm import LM
+from jaxq.model import CALIBRATION_SEQUENCES, CALIBRATION_TOKENS
 from jaxq.presets import as_recipe
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec

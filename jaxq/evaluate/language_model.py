@@ -54,6 +54,11 @@ def text_windows(
         ValueError: when the text has fewer than 2 tokens, or the window does not fit
             the context.
     """
+    if not hasattr(lm, "stream"):
+        raise ValueError(
+            f"perplexity needs a causal language model, and this is a "
+            f"{type(lm).__name__}: it predicts no next token"
+        )
     context = int(lm.config.context)
     length = min(context, LONGEST_WINDOW) if window is None else window
     if length > context:
