@@ -5,6 +5,8 @@ from jaxq.checkpoints import load as load
 from jaxq.checkpoints import save as save
 from jaxq.comparison import Comparison as Comparison
 from jaxq.comparison import compare as compare
+from jaxq.convert import Conversion as Conversion
+from jaxq.convert import convert as convert
 from jaxq.encoder import Encoder as Encoder
 from jaxq.encoder_decoder import EncoderDecoder as EncoderDecoder
 from jaxq.evaluate import perplexity as perplexity
@@ -41,5 +43,6 @@ from jaxq.recipe import Recipe as Recipe
 from jaxq.recipe import Rule as Rule
 from jaxq.relayout import relayout as relayout
 from jaxq.relayout import relayout_params as relayout_params
+from jaxq.sharding import shard_params as shard_params
 from jaxq.spec import QuantSpec as QuantSpec
 from jaxq.streaming import quantize_to as quantize_to
