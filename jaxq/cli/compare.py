@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from jaxq.cli.failures import guarded
+from jaxq.cli.failures import FELL_BACK, guarded
 from jaxq.cli.options import Debug, GroupSize, Json, Model, read_recipe, read_text
 from jaxq.cli.screen import errors, loss_color, print_json, progress, results
 from jaxq.comparison import (
@@ -105,6 +105,8 @@ def compare(  # noqa: PLR0913  one argument per option
       jaxq compare demo --recipes w4a16,nf4,mxfp4 --text demo --limit 24
       jaxq compare ./llama -r w4a16,mine.yaml --text wiki.txt --calibration c4.txt
       jaxq compare demo -r w4a16,w3a16 --text demo --group-size 32 --json
+
+    Exits with 3 when weights fell back to rounding: the table says which.
     """
     chosen = [read_recipe(name, "--recipes") for name in split_names(recipes)]
     drawn = read_seeds(seeds)
@@ -138,7 +140,14 @@ def compare(  # noqa: PLR0913  one argument per option
     written = [] if folder is None else write_comparison(found, folder)
     if as_json:
         print_json(found.to_dict())
-        return
+    else:
+        _show(found, folder, written)
+    if any(row.fallbacks for row in found.rows):
+        raise typer.Exit(FELL_BACK)
+
+
+def _show(found: Comparison, folder: Path | None, written: Sequence[Path]) -> None:
+    """Print the table, what it says, and which files were written."""
     console = results()
     console.print(table(found, wide=console.width >= WIDE))
     console.print()

@@ -10,7 +10,7 @@ from jaxq.cli.compare import read_seeds, split_names, table
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
 from tests.cli.test_failures import one_message
-from tests.comparison.made_up import comparison
+from tests.comparison.made_up import comparison, row
 from tests.comparison.test_bench import STATIC
 
 SETTINGS = ("--sequences", 2, "--length", 16, "--window", 32, "--limit", 2)
@@ -69,10 +69,25 @@ def test_json_alone_goes_to_stdout_alone(
     again = jaxq(*arguments, "-o", "here", "--group-size", 32, "--seeds", 2)
     written = json.loads((tmp_path / "here" / "compare.json").read_text("utf-8"))
     assert written == json.loads(again.stdout)
+    assert (ran.exit_code, again.exit_code) == (0, 0)
     assert made_up["seeds"] == (0, 1)
     assert made_up["group_size"] == 32
     names = ("sequences", "length", "window", "limit")
     assert [made_up[name] for name in names] == [2, 16, 32, 2]
+
+
+@pytest.mark.parametrize("flags", [("--json",), ()])
+def test_weights_that_fell_back_give_a_code_of_their_own(
+    jaxq, tiny, text, tmp_path, monkeypatch, flags
+):
+    monkeypatch.chdir(tmp_path)
+    broken = row("gptq", 4.75, [0.03], [10.4], fallbacks={"params/a": "not finite"})
+    monkeypatch.setattr(
+        "jaxq.cli.compare.run_compare", lambda *_, **__: comparison(rows=(broken,))
+    )
+    ran = jaxq("compare", tiny, "-r", "w8a16", "--text", text, *SETTINGS, *flags)
+    assert ran.exit_code == 3
+    assert "params/a" in ran.stdout
 
 
 def shown(width):
