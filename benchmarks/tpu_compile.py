@@ -69,7 +69,9 @@ def mesh(topology: str, shape: Sequence[int], names: Sequence[str]) -> Mesh:
     return Mesh(np.array(found.devices[:count]).reshape(shape), tuple(names))
 
 
-def compile_for(fn: Callable[..., Any], arguments: Sequence[Any], generation: str) -> Any:
+def compile_for(
+    fn: Callable[..., Any], arguments: Sequence[Any], generation: str
+) -> Any:
     """Compile ``fn`` of abstract arrays for one core of a generation."""
     one = mesh(CHIPS[generation].topology, (1,), ("x",))
     everywhere = NamedSharding(one, PartitionSpec())
@@ -82,7 +84,9 @@ def compile_for(fn: Callable[..., Any], arguments: Sequence[Any], generation: st
     return lowered.compile()
 
 
-def schedule(fn: Callable[..., Any], arguments: Sequence[Any], generation: str) -> Schedule:
+def schedule(
+    fn: Callable[..., Any], arguments: Sequence[Any], generation: str
+) -> Schedule:
     """Compile ``fn``, and return the longest grid loop among its kernels."""
     folder = _prepare()
     for old in folder.iterdir():
@@ -119,7 +123,9 @@ def _read(path: Path) -> Schedule | None:
     """Return the grid loop of one program's final bundles, None for other files."""
     if any(word in path.name for word in ("schedule", "static_gap", "<", "TLP")):
         return None
-    lines = [line for line in path.read_text().splitlines() if _address(line) is not None]
+    lines = [
+        line for line in path.read_text().splitlines() if _address(line) is not None
+    ]
     if not lines:
         return None
     starts = [_address(s) for s in lines if re.match(r"^\s*0x[0-9a-f]+\s+LB:", s)]
@@ -134,7 +140,9 @@ def _read(path: Path) -> Schedule | None:
     units: dict[str, int] = {}
     if usage is not None:
         rows = usage.read_text().splitlines()[4:]
-        counts = [list(map(int, r.split())) for r in rows if re.match(r"^[\d ]+\d\s*$", r)]
+        counts = [
+            list(map(int, r.split())) for r in rows if re.match(r"^[\d ]+\d\s*$", r)
+        ]
         inside = counts[first : last + 1]
         units = {name: sum(r[i] for r in inside) for i, name in enumerate(UNITS)}
     return Schedule(last - first + 1, units)
