@@ -68,6 +68,7 @@ def write(
     path: Path,
     tensors: Mapping[str, jax.ShapeDtypeStruct],
     fetch: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] = {"format": "jaxq"},
 ) -> DataFile:
     """Write a file, holding one tensor in memory at a time.
 
@@ -75,6 +76,7 @@ def write(
         path: of the file.
         tensors: what goes into it.
         fetch: returns the numbers of a tensor.
+        metadata: what the header says besides, text by key.
 
     Returns:
         The size and SHA-256 of what was written.
@@ -82,16 +84,18 @@ def write(
     entries = layout(tensors)
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for piece in _pieces(entries, fetch):
+        for piece in _pieces(entries, fetch, metadata):
             file.write(piece)
             digest.update(piece)
         return DataFile(file.tell(), digest.hexdigest())
 
 
 def _pieces(
-    entries: Mapping[str, Entry], fetch: Callable[[str], np.ndarray]
+    entries: Mapping[str, Entry],
+    fetch: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str],
 ) -> Iterable[bytes | memoryview]:
-    header: dict[str, Any] = {"__metadata__": {"format": "jaxq"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, entry in entries.items():
         offsets = [entry.start, entry.end]
         header[name] = {

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxq.codecs.source import Source
 from jaxq.codecs.unpacked import Unpacked
+from jaxq.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,23 @@ class Reader(Protocol):
 class Writer(Protocol):
     """Writes the quantized weights of one checkpoint."""
 
-    def write(self, module: str, w: Unpacked) -> dict[str, np.ndarray]:
-        """Return the tensors that stand for a weight, by name.
+    def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
+        """Return the tensors that stand for a weight, and what they leave out.
 
         Raises:
             UnsupportedError: the format cannot express it; says what of it.
         """
 
-    def nearest(self, shape: tuple[int, int]) -> Any:
-        """Return the `QuantSpec` to requantize a ``[in, out]`` weight with."""
+    def leave(self, module: str) -> None:
+        """Note a layer whose weight stays float."""
 
-    def config(self) -> dict[str, Any] | None:
+    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Return a tensor as it is stored, now that all layers are known."""
+
+    def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
+        """Return what to requantize a ``[in, out]`` weight with."""
+
+    def config(self) -> dict[str, Any]:
         """Return the ``quantization_config`` of what was written."""
 
 
@@ -73,4 +80,4 @@ class Codec:
     name: str
     methods: tuple[str, ...]
     read: Callable[[Mapping[str, Any], Source], Reader]
-    write: Callable[..., Writer] | None = None
+    write: Callable[[], Writer] | None = None

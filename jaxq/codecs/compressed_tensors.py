@@ -230,8 +230,8 @@ class CompressedTensorsReader:
             dtype = np.dtype("bfloat16")
             return float_matrix(codes.T, scales.T, "e8m0", (group, 1), dtype)
         scales, block = self._scales(module, shape, args)
-        dtype = SCALES[self.source.entry(name)[0]]
-        return float_matrix(codes.T, scales.T, dtype, block, scales.dtype)
+        kind = np.dtype(scales.dtype).name
+        return float_matrix(codes.T, scales.T, kind, block, stands_for(scales))
 
     def _fp4(self, module: str, shape: tuple[int, int]) -> Unpacked:
         columns, rows = shape
@@ -292,7 +292,12 @@ def integers(
         grid="gptq" if zeros is None else "restricted",
         scale=np.dtype(scales.dtype).name,
     )
-    return Unpacked(codes, scales, spec, block, scales.dtype, zeros)
+    return Unpacked(codes, scales, spec, block, stands_for(scales), zeros)
+
+
+def stands_for(scales: np.ndarray) -> np.dtype | None:
+    """Return the dtype of a weight: its scales', or the model's where they are wide."""
+    return None if scales.dtype == np.float32 else scales.dtype
 
 
 def read(config: Mapping[str, Any], source: Source) -> CompressedTensorsReader:

@@ -1,8 +1,8 @@
 """The block types of ggml: bytes of a block to codes, scales and offsets, and back.
 
 A matrix is ``[out, in]``, every row whole blocks. K-quants have scales that are
-integers times one float16 of the 256 elements. Products are rounded in ggml's order, so the
-numbers are the same to the bit.
+integers times one float16 of the 256 elements. Products are rounded in ggml's order,
+so the numbers are the same to the bit.
 """
 
 import dataclasses

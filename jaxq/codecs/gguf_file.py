@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxq.checkpoints.errors import CorruptError, MissingFileError, UnsupportedError
 from jaxq.codecs.gguf_blocks import FLOAT_TYPES, TYPES
 
@@ -226,32 +224,27 @@ class _Parser:
         )
 
 
-def write_file(
-    path: Path,
+def header(
     values: Mapping[str, Any],
-    tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]],
-) -> None:
-    """Write a GGUF file, version 3.
+    tensors: Mapping[str, tuple[int, tuple[int, ...], int]],
+) -> bytes:
+    """Return what comes before the tensors of a file, version 3.
 
     Args:
-        path: of the file.
-        values: strings, whole numbers (u32), floats (f32), or lists of one kind.
-        tensors: ggml type, shape (rows first) and bytes, by name.
+        values: strings, whole numbers (u32), floats (f32) or truth values.
+        tensors: ggml type, shape (rows first) and bytes, in the order of their data,
+            each of which begins at a multiple of `ALIGNMENT`.
     """
     head = MAGIC + struct.pack("<IQQ", 3, len(tensors), len(values))
     for key, value in values.items():
         head += _string(key) + _value(value)
     position = 0
-    for name, (kind, shape, data) in tensors.items():
+    for name, (kind, shape, size) in tensors.items():
         head += _string(name) + struct.pack("<I", len(shape))
         head += struct.pack(f"<{len(shape)}Q", *shape[::-1])
         head += struct.pack("<IQ", kind, position)
-        position += -(-len(data) // ALIGNMENT) * ALIGNMENT
-    with path.open("wb") as file:
-        file.write(head + bytes(-len(head) % ALIGNMENT))
-        for _, _, data in tensors.values():
-            file.write(data)
-            file.write(bytes(-len(data) % ALIGNMENT))
+        position += -(-size // ALIGNMENT) * ALIGNMENT
+    return head + bytes(-len(head) % ALIGNMENT)
 
 
 def _string(text: str) -> bytes:
@@ -267,11 +260,3 @@ def _value(value: Any) -> bytes:
     if isinstance(value, int):
         return struct.pack("<II", 4, value)
     return struct.pack("<If", 6, value)
-
-
-def raw(file: GGUFFile, tensor: Tensor, out: np.ndarray) -> np.ndarray:
-    """Read a tensor's bytes into ``out``."""
-    from jaxq.codecs.source import fill
-
-    fill(file.path, file.size, tensor.start, out)
-    return out

@@ -138,9 +138,8 @@ def assemble(
         grid="gptq" if symmetric else "restricted",
         scale=scale,
     )
-    return Unpacked(
-        codes, scales, spec, block, scales.dtype, None if symmetric else zeros
-    )
+    dtype = None if scales.dtype == np.float32 else scales.dtype
+    return Unpacked(codes, scales, spec, block, dtype, None if symmetric else zeros)
 
 
 def read_zeros(words: np.ndarray, bits: int, count: int, version: str) -> np.ndarray:

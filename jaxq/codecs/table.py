@@ -16,20 +16,26 @@ from jaxq.codecs import (
     modelopt,
     torchao,
 )
+from jaxq.codecs.awq_write import AWQWriter
 from jaxq.codecs.base import Codec
+from jaxq.codecs.bitsandbytes_write import BitsAndBytesWriter
+from jaxq.codecs.compressed_tensors_write import CompressedTensorsWriter
+from jaxq.codecs.fp8_write import FP8Writer
+from jaxq.codecs.gptq_write import GPTQWriter
 
 CODECS: dict[str, Codec] = {
     row.name: row
     for row in (
-        Codec("gptq", ("gptq",), gptq.read),
-        Codec("awq", ("awq",), awq.read),
+        Codec("gptq", ("gptq",), gptq.read, GPTQWriter),
+        Codec("awq", ("awq",), awq.read, AWQWriter),
         Codec(
             "compressed-tensors",
             ("compressed-tensors", "compressed_tensors"),
             compressed_tensors.read,
+            CompressedTensorsWriter,
         ),
-        Codec("bitsandbytes", ("bitsandbytes",), bitsandbytes.read),
-        Codec("fp8", ("fp8",), fp8.read),
+        Codec("bitsandbytes", ("bitsandbytes",), bitsandbytes.read, BitsAndBytesWriter),
+        Codec("fp8", ("fp8",), fp8.read, FP8Writer),
         Codec("modelopt", ("modelopt", "modelopt_fp4"), modelopt.read),
         Codec("torchao", ("torchao",), torchao.read),
         Codec("hqq", ("hqq",), hqq.read),

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxq.checkpoints.safetensors import read_header
 from jaxq.codecs.base import Reader
+from jaxq.codecs.gguf_file import ALIGNMENT, header
 from jaxq.codecs.source import SafetensorsSource
 from jaxq.codecs.table import codec_of
 
@@ -78,3 +79,16 @@ def write_raw(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def write_gguf(
+    path: Path,
+    values: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]],
+) -> None:
+    """Write a GGUF file: ggml type, shape and bytes of every tensor."""
+    sizes = {n: (kind, shape, len(data)) for n, (kind, shape, data) in tensors.items()}
+    body = b"".join(
+        data + bytes(-len(data) % ALIGNMENT) for _, _, data in tensors.values()
+    )
+    path.write_bytes(header(values, sizes) + body)

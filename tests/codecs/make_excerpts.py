@@ -17,10 +17,9 @@ from safetensors.numpy import load_file
 
 from jaxq.checkpoints.huggingface import read_config
 from jaxq.codecs.gguf_blocks import TYPES
-from jaxq.codecs.gguf_file import write_file
 from jaxq.codecs.reading import find_config, open_checkpoint
 from jaxq.codecs.source import SafetensorsSource
-from tests.codecs.excerpts import DATA, digest, write_raw
+from tests.codecs.excerpts import DATA, digest, write_gguf, write_raw
 
 BLOCKS = DATA.parent / "gguf"
 
@@ -55,7 +54,7 @@ def blocks(folder: Path) -> None:
     expected = load_file(folder / "ref" / "dequant.safetensors")
     keep = dict(raw_tensors(folder / "tensors.gguf"))
     BLOCKS.mkdir(exist_ok=True)
-    write_file(BLOCKS / "blocks.gguf", {"general.architecture": "none"}, keep)
+    write_gguf(BLOCKS / "blocks.gguf", {"general.architecture": "none"}, keep)
     digests = {name: digest(expected[name]) for name in keep}
     (BLOCKS / "blocks.json").write_text(json.dumps(digests, indent=1) + "\n")
 

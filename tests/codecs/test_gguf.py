@@ -11,9 +11,9 @@ import pytest
 from jaxq.checkpoints.errors import CheckpointError, CorruptError, UnsupportedError
 from jaxq.codecs.gguf import open_gguf
 from jaxq.codecs.gguf_blocks import TYPES
-from jaxq.codecs.gguf_file import read_file, write_file
+from jaxq.codecs.gguf_file import read_file
 from jaxq.codecs.source import fill
-from tests.codecs.excerpts import digest
+from tests.codecs.excerpts import digest, write_gguf
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "gguf" / "blocks.gguf"
@@ -53,7 +53,7 @@ def test_encoding_gives_back_the_bytes(name):
 def test_a_written_file_is_read_back(tmp_path):
     values = {"general.architecture": "none", "n": 7, "x": 0.5, "yes": True}
     tensors = {"a": (0, (2, 3), np.arange(6, dtype="<f4").tobytes())}
-    write_file(tmp_path / "a.gguf", values, tensors)
+    write_gguf(tmp_path / "a.gguf", values, tensors)
     file = read_file(tmp_path / "a.gguf")
     assert file.values == values
     assert file.tensors["a"].shape == (2, 3)
@@ -89,7 +89,7 @@ def test_absurd_counts_are_refused_before_anything_is_made(tmp_path):
 def test_overlapping_tensors_are_refused(tmp_path):
     path = tmp_path / "a.gguf"
     four = np.zeros(64, "<f4").tobytes()
-    write_file(path, {}, {"a": (0, (64,), four), "b": (0, (64,), four)})
+    write_gguf(path, {}, {"a": (0, (64,), four), "b": (0, (64,), four)})
     data = path.read_bytes()
     second = b"b" + struct.pack("<IQIQ", 1, 64, 0, 256)
     assert second in data
@@ -100,10 +100,10 @@ def test_overlapping_tensors_are_refused(tmp_path):
 
 def test_unknown_architectures_and_types_are_named(tmp_path):
     path = tmp_path / "a.gguf"
-    write_file(path, {"general.architecture": "falcon"}, {})
+    write_gguf(path, {"general.architecture": "falcon"}, {})
     with pytest.raises(UnsupportedError, match=r"falcon.*llama, qwen2, qwen3"):
         open_gguf(path)
-    write_file(path, {}, {"a": (19, (256,), bytes(50))})
+    write_gguf(path, {}, {"a": (19, (256,), bytes(50))})
     with pytest.raises(UnsupportedError, match=r"ggml type 19.*Q4_K"):
         read_file(path)
 
@@ -113,10 +113,10 @@ def test_a_scaled_rope_needs_the_models_own_config(tmp_path):
     path = tmp_path / "a.gguf"
     values = {**file.values, "llama.rope.scaling.type": "yarn"}
     table = (0, (8, 4), bytes(128))
-    write_file(path, values, {"token_embd.weight": table})
+    write_gguf(path, values, {"token_embd.weight": table})
     with pytest.raises(UnsupportedError, match=r"config\.json"):
         open_gguf(path)
-    write_file(path, {**values, "llama.block_count": 0.5}, {})
+    write_gguf(path, {**values, "llama.block_count": 0.5}, {})
     with pytest.raises(CheckpointError, match="block_count"):
         open_gguf(path)
 

@@ -1,0 +1,83 @@
+"""Write AWQ checkpoints: the gemm layout, 4 bits, one group size for all layers."""
+
+from typing import Any
+
+import numpy as np
+
+from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs.awq import ORDER
+from jaxq.codecs.integers import (
+    half_scales,
+    integers_of,
+    refuse_activation,
+    refuse_order,
+)
+from jaxq.codecs.unpacked import Unpacked
+from jaxq.codecs.words import pack_stream
+from jaxq.spec import QuantSpec
+
+
+class AWQWriter:
+    """Writes AWQ layers."""
+
+    def __init__(self) -> None:
+        self.group: int | None = None
+        self.floats: list[str] = []
+
+    def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
+        """Return the tensors of a layer, and a note."""
+        found = integers_of(w)
+        refuse_order(w)
+        rows, columns = w.shape
+        if found.bits != 4:
+            raise UnsupportedError(f"AWQ has 4 bits, and it {found.bits}")
+        if columns % 32 or rows % found.group:
+            raise UnsupportedError(
+                f"AWQ needs outputs in multiples of 32 and whole groups, and it is "
+                f"{rows} to {columns} in groups of {found.group}"
+            )
+        group = -1 if found.group >= rows else found.group
+        if self.group not in (None, group):
+            raise UnsupportedError(
+                f"AWQ has one group size for all layers, {self.group} here, and it has "
+                f"{group}"
+            )
+        self.group = group
+        return {
+            f"{module}.qweight": packed(found.codes),
+            f"{module}.qzeros": packed(found.zeros),
+            f"{module}.scales": half_scales(w, found.scales),
+        }, refuse_activation(w)
+
+    def leave(self, module: str) -> None:
+        """Note a layer that stays float."""
+        self.floats.append(module)
+
+    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Return a tensor as it is."""
+        del name
+        return tensor
+
+    def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
+        """Return what to requantize with: 4 bits, zero points, groups of 128."""
+        del dtype
+        usual = 128 if self.group is None else self.group
+        group = usual if usual > 0 and shape[0] % usual == 0 else "channel"
+        return QuantSpec("uint4", group, symmetric=False, scale="float16")
+
+    def config(self) -> dict[str, Any]:
+        """Return the quantization config."""
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.group,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": sorted(self.floats) or None,
+        }
+
+
+def packed(codes: np.ndarray) -> np.ndarray:
+    """Return codes ``[rows, out]`` as int32 ``[rows, out / 8]`` in AWQ's order."""
+    eights = codes.reshape(len(codes), -1, 8)[:, :, ORDER]
+    return pack_stream(eights.reshape(codes.shape), 4, 1)

@@ -1,0 +1,133 @@
+"""Write GPTQ checkpoints: v1 where all is symmetric, else v2.
+
+GPTQModel refuses asymmetric v1 files of other writers, since some of those were damaged
+where a zero point is 0; v2 stores zero points as they are.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs.gptq import BITS, ONES
+from jaxq.codecs.integers import half_scales, integers_of, refuse_activation
+from jaxq.codecs.unpacked import Unpacked
+from jaxq.codecs.words import pack_stream
+from jaxq.spec import QuantSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """The settings of one layer that was written."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    reordered: bool
+
+
+class GPTQWriter:
+    """Writes GPTQ layers, and remembers their settings for the config."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Written] = {}
+        self.floats: list[str] = []
+        self.version = "v1"
+
+    def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
+        """Return the tensors of a layer, zero points as v2 has them, and a note."""
+        found = integers_of(w)
+        rows, columns = w.shape
+        if found.bits not in BITS:
+            raise UnsupportedError(f"GPTQ has 2, 3, 4 and 8 bits, and it {found.bits}")
+        if rows % 32 or columns % 32:
+            raise UnsupportedError(
+                f"GPTQ needs sizes that are multiples of 32, and it is {rows} to "
+                f"{columns}"
+            )
+        groups = np.arange(rows, dtype=np.int32) // found.group
+        codes = found.codes
+        if w.index is not None:
+            back = np.argsort(w.index)
+            codes, groups = codes[back], groups[back]
+        group = -1 if found.group >= rows else found.group
+        layer = Written(found.bits, group, found.symmetric, w.index is not None)
+        self.layers[module] = layer
+        return {
+            f"{module}.qweight": pack_stream(codes, found.bits, 0),
+            f"{module}.qzeros": pack_stream(found.zeros, found.bits, 1),
+            f"{module}.scales": half_scales(w, found.scales),
+            f"{module}.g_idx": np.ascontiguousarray(groups),
+        }, refuse_activation(w)
+
+    def leave(self, module: str) -> None:
+        """Note a layer that stays float."""
+        self.floats.append(module)
+
+    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
+        """Return a tensor as the version of the whole checkpoint has it."""
+        if not name.endswith(".qzeros") or not self.symmetric:
+            return tensor
+        bits = self.layers[name.removesuffix(".qzeros")].bits
+        return minus_one(tensor, bits)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every layer is, so that v1 is written."""
+        return all(layer.symmetric for layer in self.layers.values())
+
+    def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
+        """Return what to requantize with: 4 bits, symmetric, groups of 128."""
+        group = 128 if shape[0] % 128 == 0 else "channel"
+        return QuantSpec("int4", group, grid="gptq", scale=_half(dtype))
+
+    def config(self) -> dict[str, Any]:
+        """Return the quantization config: what most layers have, and overrides."""
+        counted = Counter(
+            layer for name, layer in self.layers.items() if name != "lm_head"
+        )
+        usual = (counted or Counter(self.layers.values())).most_common(1)[0][0]
+        dynamic: dict[str, Any] = {
+            f"-:^{re.escape(name)}$": {} for name in self.floats if name != "lm_head"
+        }
+        dynamic |= {
+            name if name == "lm_head" else f"+:^{re.escape(name)}$": {
+                "bits": layer.bits,
+                "group_size": layer.group,
+                "sym": layer.symmetric,
+                "desc_act": layer.reordered,
+            }
+            for name, layer in self.layers.items()
+            if layer != usual
+        }
+        stored = "gptq" if self.symmetric else "gptq_v2"
+        return {
+            "quant_method": "gptq",
+            "bits": usual.bits,
+            "group_size": usual.group,
+            "sym": self.symmetric,
+            "desc_act": any(layer.reordered for layer in self.layers.values()),
+            "lm_head": "lm_head" in self.layers,
+            "checkpoint_format": stored,
+            "format": stored,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": ["jaxq"]},
+            **({"dynamic": dynamic} if dynamic else {}),
+        }
+
+
+def minus_one(words: np.ndarray, bits: int) -> np.ndarray:
+    """Return zero points less one, as v1 has them: of words that fields fill, whole."""
+    if bits in ONES:
+        return (words.view(np.uint32) - np.uint32(ONES[bits])).view(np.int32)
+    from jaxq.codecs.words import unpack_stream
+
+    zeros = unpack_stream(words, bits, 1, words.shape[1] * 32 // bits)
+    return pack_stream((zeros - np.uint8(1)) & np.uint8(2**bits - 1), bits, 1)
+
+
+def _half(dtype: Any) -> str:
+    return "bfloat16" if np.dtype(dtype).name == "bfloat16" else "float16"

@@ -1,0 +1,410 @@
+"""`convert`: a model from one format into another, losslessly where it can be."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxq.checkpoints import atomic
+from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
+from jaxq.codecs import CODECS, open_model, read_leaves
+from jaxq.codecs.folder import SafetensorsSink, carry_over, may_replace
+from jaxq.codecs.gguf_write import GGUFSink
+from jaxq.codecs.unpacked import Unpacked
+from jaxq.fold import fold, has_input_scales
+from jaxq.lm import DEMO, LM, load_model
+from jaxq.names import lookup
+from jaxq.qtensor import QTensor, is_qtensor
+from jaxq.quantize import quantize
+from jaxq.spec import QuantSpec
+
+# name of a target -> ggml's type of requantized layers
+GGUF = {"gguf": 8, "gguf-q4_0": 2}
+FLOAT, JAXQ = "float", "jaxq"
+TARGETS: dict[str, str] = {
+    JAXQ: "jaxq's own folder",
+    FLOAT: "safetensors of floats",
+    **{name: f"{name} safetensors" for name, row in CODECS.items() if row.write},
+    "gguf": "one GGUF file, requantized layers in Q8_0",
+    "gguf-q4_0": "one GGUF file, requantized layers in Q4_0",
+}
+EXACT, REQUANTIZED, DEQUANTIZED, AS_FLOAT = "exact", "requantized", "float", "kept"
+SHARD_BYTES = 5 * 10**9
+LARGEST_CHECK = 2**31  # bytes of a model whose logits are compared after folding
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What became of one tensor.
+
+    Attributes:
+        name: in the checkpoint.
+        outcome: ``exact``: its codes and scales are what they were; ``requantized``:
+            rounded anew; ``float``: dequantized; ``kept``: a float that stayed one.
+        note: what was lost or left out; empty: nothing.
+        error: ``‖w' − w‖ / ‖w‖`` where it was requantized, else 0.
+    """
+
+    name: str
+    outcome: str
+    note: str = ""
+    error: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        path: the folder that was written.
+        source: the format that was read.
+        target: the format that was written.
+        rows: of every tensor, in order.
+        notes: of the reading: what was not taken as it is, and why, by tensor.
+    """
+
+    path: Path
+    source: str
+    target: str
+    rows: tuple[Row, ...]
+    notes: Mapping[str, str]
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every weight that was quantized is what it was."""
+        return all(row.outcome in (EXACT, AS_FLOAT) for row in self.rows)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many tensors had each outcome."""
+        outcomes = [row.outcome for row in self.rows]
+        return {o: outcomes.count(o) for o in dict.fromkeys(outcomes)}
+
+    def __str__(self) -> str:
+        """Say in a few lines what was done."""
+        told = ", ".join(f"{count} {name}" for name, count in self.counts().items())
+        lines = [f"{self.source} → {self.target}: {told}; written to {self.path}"]
+        found = {row.name: row.note for row in self.rows if row.note} | dict(self.notes)
+        by_note: dict[str, list[str]] = {}
+        for name, note in found.items():
+            by_note.setdefault(note, []).append(name)
+        for note, names in by_note.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"  {names[0]}{more}: {note}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One tensor on its way: as the target names it."""
+
+    name: str
+    value: Any
+    is_layer: bool
+    is_inner: bool  # in a block, not a head or an embedding
+    transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A model to convert: its tensors one by one, and what goes with them."""
+
+    codec: str
+    config: Mapping[str, Any]
+    leaves: Iterator[_Leaf]
+    nbytes: int
+    folder: Path | None
+    files: Mapping[str, str]
+    notes: dict[str, str]
+
+
+def convert(
+    source: str | Path | LM,
+    path: str | Path,
+    to: str,
+    *,
+    requantize: bool = False,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Conversion:
+    """Write a model in another library's format.
+
+    A quantized weight keeps its codes and scales where the target can express them.
+    Where it cannot, it is refused, or rounded anew (to nearest) if that is asked for;
+    embeddings and heads that the target has no form for are written as floats. Scales
+    of inputs (AWQ, SmoothQuant) are folded into the module before, which is checked.
+    The folder appears completely or not at all; models of other libraries are read and
+    written tensor by tensor.
+
+    Args:
+        source: a model, or what `jaxq.load_model` takes.
+        path: the folder to make.
+        to: one of `TARGETS`: ``jaxq``, ``float``, ``gptq``, ``awq``,
+            ``compressed-tensors``, ``bitsandbytes``, ``fp8``, ``gguf``, ``gguf-q4_0``.
+        requantize: whether weights that the target cannot express are rounded anew.
+        overwrite: whether a model's folder at ``path`` is replaced.
+        shard_bytes: the limit of one file.
+
+    Returns:
+        What became of every tensor.
+
+    Raises:
+        UnsupportedError: weights that the target cannot express, each with the reason;
+            nothing is written.
+        CheckpointError: the source is damaged.
+        ExistsError: there is something at ``path``.
+        WriteError: the disk is full, or not writable.
+
+    Example:
+        >>> import jaxq
+        >>> small = jaxq.load_model("demo").quantize("nf4")  # doctest: +SKIP
+        >>> print(jaxq.convert(small, "out", "bitsandbytes"))  # doctest: +SKIP
+        jaxq → bitsandbytes: ...
+    """
+    lookup(TARGETS, to, "format")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
+    target = Path(path)
+    if to == JAXQ:
+        return _to_jaxq(source, target, overwrite)
+    if _is_foreign(source):
+        model = _streamed(source)
+    else:
+        model = _loaded(source, to, requantize)
+    replace = may_replace if overwrite else None
+    with atomic.new_folder(target, model.nbytes, replace) as folder:
+        sink = _sink(folder, model, to, shard_bytes)
+        rows = tuple(_write(model.leaves, sink, to, requantize))
+        refused = [row for row in rows if not row.outcome]
+        if refused:
+            raise _refusal(refused, to)
+        if to != FLOAT and not any(r.outcome in (EXACT, REQUANTIZED) for r in rows):
+            raise UnsupportedError(
+                f"no weight of the model is quantized, so there is nothing to write as "
+                f"{to}: quantize it with a recipe first (jaxq quantize ... --to {to})"
+            )
+        sink.close(model.config)
+        carry_over(model.folder, model.files, folder)
+    return Conversion(target, model.codec, to, rows, model.notes)
+
+
+def _write(
+    leaves: Iterator[_Leaf], sink: Any, to: str, requantize: bool
+) -> Iterator[Row]:
+    """Write every tensor; a row without outcome is one that cannot be."""
+    for leaf in leaves:
+        if not isinstance(leaf.value, QTensor):
+            _write_float(leaf, sink, np.asarray(leaf.value))
+            yield Row(leaf.name, AS_FLOAT)
+        elif to == FLOAT or not (leaf.is_layer or to in GGUF):
+            _write_float(leaf, sink, np.asarray(leaf.value.dequantize()))
+            why = "" if to == FLOAT else f"{to} has no quantized embeddings"
+            yield Row(leaf.name, DEQUANTIZED, why)
+        else:
+            yield _write_layer(leaf, sink, requantize)
+
+
+def _write_layer(leaf: _Leaf, sink: Any, requantize: bool) -> Row:
+    """Write a quantized layer as it is, rounded anew, or (a head) as floats."""
+    q, module = leaf.value, leaf.name.removesuffix(".weight")
+    try:
+        return Row(leaf.name, EXACT, sink.quantized(module, Unpacked.of(q)))
+    except UnsupportedError as error:
+        why = str(error)
+    if not leaf.is_inner:
+        _write_float(leaf, sink, np.asarray(q.dequantize()))
+        return Row(leaf.name, DEQUANTIZED, why)
+    if not requantize:
+        return Row(leaf.name, "", why)
+    values = q.dequantize(jnp.float32)
+    size = jnp.maximum(jnp.linalg.norm(values), jnp.finfo(jnp.float32).tiny)
+    reasons = [why]
+    for choose in (lambda: q.spec, lambda: sink.nearest(q.shape, q.dtype)):
+        try:
+            spec = choose()
+            again = _requantized(q, values, spec)
+            note = sink.quantized(module, Unpacked.of(again))
+        except UnsupportedError as error:
+            reasons.append(str(error))
+            continue
+        lost = jnp.linalg.norm(again.dequantize(jnp.float32) - values)
+        told = f"{why}; now {spec.describe()}" + (f"; {note}" if note else "")
+        return Row(leaf.name, REQUANTIZED, told, float(lost / size))
+    return Row(leaf.name, "", f"{why}; and rounded anew: {reasons[-1]}")
+
+
+def _requantized(q: QTensor, values: jax.Array, spec: QuantSpec) -> QTensor:
+    """Return a weight rounded to nearest, for the activation it had."""
+    return dataclasses.replace(
+        quantize(values, spec),
+        dtype=q.dtype,
+        activation=q.activation,
+        activation_scale=None if q.input_scale is not None else q.activation_scale,
+        activation_zero=None if q.input_scale is not None else q.activation_zero,
+    )
+
+
+def _write_float(leaf: _Leaf, sink: Any, values: np.ndarray) -> None:
+    sink.floating(leaf.name, values.T if leaf.transposed else values, leaf.is_layer)
+
+
+def _refusal(rows: list[Row], to: str) -> UnsupportedError:
+    shown = "".join(f"\n  {row.name}: {row.note}" for row in rows[:5])
+    more = f"\n  and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return UnsupportedError(
+        f"{len(rows)} weight(s) cannot be written as {to} without loss:{shown}{more}\n"
+        f"ask for requantize=True (--requantize) to round them anew"
+    )
+
+
+def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Any:
+    if to in GGUF:
+        return GGUFSink(folder, model.config, GGUF[to])
+    write = None if to == FLOAT else CODECS[to].write
+    return SafetensorsSink(folder, None if write is None else write(), shard_bytes)
+
+
+def _is_foreign(source: str | Path | LM) -> bool:
+    """Whether a source is a folder that another library wrote."""
+    from jaxq.checkpoints import is_jaxq_checkpoint
+
+    return not isinstance(source, LM) and not (
+        str(source) == DEMO or is_jaxq_checkpoint(source)
+    )
+
+
+def _streamed(source: Any) -> _Model:
+    """Open a folder of another library: its tensors are read as they are needed."""
+    from jaxq.models import find_family
+
+    path = Path(source)
+    hf_config, checkpoint = open_model(path)
+    family = find_family(hf_config)
+    config = family.read_config(hf_config)
+    slots = family.slots(config, checkpoint)
+    today = dict(zip(slots, family.slots(config), strict=True))
+    notes: dict[str, str] = {}
+
+    def leaves() -> Iterator[_Leaf]:
+        for leaf in read_leaves(checkpoint, slots, None, family.unread(config)):
+            if leaf.note:
+                notes[leaf.name] = leaf.note
+            yield _leaf(today[leaf.name], leaf.slot, leaf.value)
+
+    files = [p for p in _folder(path).iterdir() if p.is_file()]
+    return _Model(
+        codec=checkpoint.codec,
+        config=_plain_config(hf_config),
+        leaves=leaves(),
+        nbytes=sum(p.stat().st_size for p in files),
+        folder=_folder(path),
+        files={},
+        notes=notes,
+    )
+
+
+def _loaded(source: Any, to: str, requantize: bool) -> _Model:
+    """Return a model that is in memory, its input scales folded.
+
+    If weights may be rounded anew, those whose scales cannot be folded take them in.
+    """
+    from jaxq.models import find_family
+
+    lm = source if isinstance(source, LM) else load_model(source)
+    hf_config = _config_of(lm)
+    family = find_family(hf_config)
+    params = lm.params
+    if to != FLOAT and has_input_scales(params):
+        params = fold(params, family.name, _logits_of(lm), partly=requantize)
+    slots = family.slots(family.read_config(hf_config))
+
+    def leaves() -> Iterator[_Leaf]:
+        for name, slot in slots.items():
+            value: Any = params
+            for key in slot.path:
+                value = value[key]
+            if slot.place is not None:
+                value = _part(value, slot.place)
+            yield _leaf(name, slot, value)
+
+    return _Model(
+        codec=lm.codec if lm.codec != "float" else JAXQ,
+        config=_plain_config(hf_config),
+        leaves=leaves(),
+        nbytes=lm.nbytes,
+        folder=None,
+        files=lm.files,
+        notes=dict(lm.notes),
+    )
+
+
+def _part(value: Any, place: int) -> Any:
+    """Return one of several stacked weights."""
+    if not isinstance(value, QTensor):
+        return value[place]
+    rank = value.ndim
+    return jax.tree.map(lambda a: a[place] if a.ndim == rank else a, value)
+
+
+def _leaf(name: str, slot: Any, value: Any) -> _Leaf:
+    is_layer = slot.transposed or slot.path[-1] == "kernel"
+    is_inner = any(part.isdecimal() for part in name.split("."))
+    return _Leaf(name, value, is_layer, is_inner, slot.transposed)
+
+
+def _config_of(lm: LM) -> dict[str, Any]:
+    text = lm.files.get("config.json")
+    if text is None:
+        raise CheckpointError(
+            f"{lm.name} has no config.json among its files, which every other format "
+            "needs: load it from a folder that has one"
+        )
+    return json.loads(text)
+
+
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k != "quantization_config"}
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.is_file() else path
+
+
+def _logits_of(lm: LM) -> Any:
+    """Return what computes logits on float activations; None if that takes too long."""
+    if lm.nbytes > LARGEST_CHECK:
+        return None
+    length = min(32, int(lm.config.context))
+    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, length))
+
+    def logits(params: Any) -> jax.Array:
+        plain = jax.tree.map(_float_activation, params, is_leaf=is_qtensor)
+        return lm.apply(plain, jnp.asarray(tokens, jnp.int32))
+
+    return logits
+
+
+def _float_activation(leaf: Any) -> Any:
+    if not isinstance(leaf, QTensor):
+        return leaf
+    return dataclasses.replace(
+        leaf, activation=None, activation_scale=None, activation_zero=None
+    )
+
+
+def _to_jaxq(source: Any, target: Path, overwrite: bool) -> Conversion:
+    lm = source if isinstance(source, LM) else load_model(source)
+    lm.save(target, overwrite=overwrite)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(lm.params, is_leaf=is_qtensor)
+    rows = tuple(
+        Row(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            EXACT if isinstance(leaf, QTensor) else AS_FLOAT,
+        )
+        for path, leaf in leaves
+    )
+    return Conversion(target, lm.codec, JAXQ, rows, lm.notes)

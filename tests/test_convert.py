@@ -1,0 +1,243 @@
+"""Converting between formats: what stays exact, what is refused, what is lost."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import jaxq
+from jaxq.checkpoints.errors import ExistsError, UnsupportedError, WriteError
+from jaxq.convert import TARGETS
+from jaxq.names import UnknownNameError
+from tests.tiny_lm import write_tiny
+
+MODELS = Path(__file__).parent / "data" / "models"
+GPTQ = MODELS / "gptq-v1_b4_g32_asym_zp"
+AWQ = MODELS / "awq-autoawq_gemm_g32_tied_sharded"
+GGUF = MODELS / "gguf-q4_0"
+TOKENS = np.arange(24, dtype=np.int32)[None]
+
+
+def _logits(lm):
+    """Float32 logits of the weights that a model stands for."""
+    params = jaxq.dequantize_params(lm.params)
+    params = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    return np.asarray(lm.forward(params, TOKENS))
+
+
+@pytest.mark.parametrize(
+    ("source", "to"),
+    [
+        (GPTQ, "gptq"),
+        (GPTQ, "awq"),
+        (GPTQ, "compressed-tensors"),
+        (AWQ, "gptq"),
+        (AWQ, "jaxq"),
+        (GGUF, "gguf"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.name.partition("-")[0],
+)
+def test_what_a_target_expresses_is_the_same_there(tmp_path, source, to):
+    done = jaxq.convert(source, tmp_path / "out", to)
+    assert done.lossless
+    assert done.counts()["exact"] >= 7
+    lm, again = jaxq.load_model(source), jaxq.load_model(tmp_path / "out")
+    np.testing.assert_array_equal(_logits(lm), _logits(again))
+    assert again.codec == (to if to != "jaxq" else "float")
+
+
+def test_there_and_back_gives_the_same_bytes(tmp_path):
+    jaxq.convert(AWQ, tmp_path / "gptq", "gptq")
+    jaxq.convert(tmp_path / "gptq", tmp_path / "awq", "awq")
+    found = _tensors(tmp_path / "awq")
+    expected = _tensors(AWQ)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor, expected[name])
+
+
+def test_a_float_folder_of_what_it_stands_for(tmp_path):
+    done = jaxq.convert(GPTQ, tmp_path / "out", "float")
+    assert set(done.counts()) == {"float", "kept"}
+    again = jaxq.load_model(tmp_path / "out")
+    assert not again.is_quantized
+    np.testing.assert_array_equal(_logits(again), _logits(jaxq.load_model(GPTQ)))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+
+
+def test_shards_their_index_and_side_files(tmp_path):
+    out = tmp_path / "out"
+    jaxq.convert(GPTQ, out, "gptq", shard_bytes=10_000)
+    names = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(names) > 2
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(names)
+    assert (out / "generation_config.json").read_bytes() == (
+        GPTQ / "generation_config.json"
+    ).read_bytes()
+    with safe_open(out / names[0], "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    np.testing.assert_array_equal(
+        _logits(jaxq.load_model(out)), _logits(jaxq.load_model(GPTQ))
+    )
+
+
+def test_what_cannot_be_expressed_is_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"7 weight\(s\)(?s:.)*requantize"):
+        jaxq.convert(GPTQ, tmp_path / "out", "bitsandbytes")
+    assert os.listdir(tmp_path) == []
+
+
+def test_requantizing_says_what_it_cost(tmp_path):
+    done = jaxq.convert(GPTQ, tmp_path / "out", "bitsandbytes", requantize=True)
+    assert not done.lossless
+    rows = [row for row in done.rows if row.outcome == "requantized"]
+    assert len(rows) == 7
+    before, after = jaxq.load_model(GPTQ), jaxq.load_model(tmp_path / "out")
+    w = before.params["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    v = after.params["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    w, v = (np.asarray(q.dequantize(jnp.float32), np.float64) for q in (w, v))
+    row = next(row for row in rows if row.name.endswith("0.mlp.up_proj.weight"))
+    np.testing.assert_allclose(
+        np.linalg.norm(w - v) / np.linalg.norm(w), row.error, rtol=1e-3
+    )
+    assert 0.02 < row.error < 0.2
+    assert "nf4 g64" in row.note
+    assert "requantized" in str(done)
+
+
+def test_a_float_model_is_to_be_quantized_first(tmp_path):
+    jaxq.convert(GPTQ, tmp_path / "float", "float")
+    with pytest.raises(UnsupportedError, match="quantize it with a recipe first"):
+        jaxq.convert(tmp_path / "float", tmp_path / "out", "gptq", requantize=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "to"),
+    [
+        (jaxq.QuantSpec("nf4", 64), "bitsandbytes"),
+        (jaxq.QuantSpec("int4", 32, scale="bfloat16"), "gptq"),
+        (jaxq.QuantSpec("uint4", 32, symmetric=False, scale="float16"), "awq"),
+        (jaxq.QuantSpec("fp8_e4m3", (128, 128)), "fp8"),
+        (jaxq.QuantSpec("int4", 32, grid="full", scale="float16"), "gguf"),
+        (jaxq.QuantSpec("fp8_e4m3", "channel"), "compressed-tensors"),
+        (jaxq.QuantSpec("fp4_e2m1", 32, scale="e8m0"), "compressed-tensors"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.format,
+)
+def test_our_own_models_are_written_exactly(tmp_path, lm, spec, to):
+    rules = (
+        jaxq.Rule("*embed*"),
+        jaxq.Rule("*lm_head*"),
+        jaxq.Rule("*layers*kernel", spec),
+        jaxq.Rule("*"),
+    )
+    lm = lm.quantize(jaxq.Recipe("mine", rules))
+    done = jaxq.convert(lm, tmp_path / "out", to)
+    assert done.lossless
+    again = jaxq.load_model(tmp_path / "out")
+    for path in (("mlp", "up_proj"), ("self_attn", "q_proj")):
+        one, other = (
+            model.params["params"]["layers_0"][path[0]][path[1]]["kernel"]
+            for model in (lm, again)
+        )
+        np.testing.assert_array_equal(
+            one.dequantize(jnp.float32), other.dequantize(jnp.float32)
+        )
+
+
+@pytest.fixture(scope="module")
+def smoothed(tmp_path_factory):
+    """Models with input scales, by key heads: one per query head, and shared."""
+    rng, found = np.random.default_rng(0), {}
+    for heads in (4, 2):
+        folder = tmp_path_factory.mktemp("tiny") / "model"
+        lm = jaxq.load_model(write_tiny(folder, num_key_value_heads=heads))
+        text = rng.integers(0, lm.config.vocab_size, (4, 32)).astype(np.int32)
+        found[heads] = lm.quantize("w8a8-smoothquant", calibration=text)
+    return found
+
+
+def test_input_scales_are_folded_into_what_computes_the_input(tmp_path, smoothed):
+    small = smoothed[4]
+    kernel = small.params["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.input_scale is not None
+    done = jaxq.convert(small, tmp_path / "out", "compressed-tensors")
+    assert done.counts()["exact"] > 0
+    again = jaxq.load_model(tmp_path / "out", jnp.float32)
+    kernel = again.params["params"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.input_scale is None
+    plain = jaxq.dequantize_params
+    one = small.forward(plain(small.params), TOKENS)
+    other = again.forward(plain(again.params), TOKENS)
+    np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.std(one)))
+
+
+def test_scales_that_cannot_be_folded_are_refused_or_taken_in(tmp_path, smoothed):
+    small = smoothed[2]
+    with pytest.raises(UnsupportedError, match="attention repeats heads"):
+        jaxq.convert(small, tmp_path / "out", "compressed-tensors")
+    done = jaxq.convert(small, tmp_path / "out", "compressed-tensors", requantize=True)
+    again = [row.name for row in done.rows if row.outcome == "requantized"]
+    assert again == [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]
+    assert all(row.error < 0.02 for row in done.rows)
+
+
+def test_an_old_model_survives_a_failed_conversion(tmp_path):
+    out = tmp_path / "out"
+    jaxq.convert(GPTQ, out, "gptq")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(ExistsError, match="exists"):
+        jaxq.convert(AWQ, out, "awq")
+    with pytest.raises(UnsupportedError):
+        jaxq.convert(GPTQ, out, "bitsandbytes", overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    jaxq.convert(AWQ, out, "awq", overwrite=True)
+    assert jaxq.load_model(out).codec == "awq"
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(ExistsError, match=r"thesis\.txt"):
+        jaxq.convert(AWQ, out, "awq", overwrite=True)
+
+
+def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    jaxq.convert(GPTQ, out, "gptq")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    from jaxq.checkpoints import safetensors
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors, "write", full)
+    with pytest.raises(WriteError, match="No space left"):
+        jaxq.convert(AWQ, out, "awq", overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_unknown_target_gets_a_suggestion(tmp_path):
+    with pytest.raises(UnknownNameError, match="gptq"):
+        jaxq.convert(GPTQ, tmp_path / "out", "gtpq")
+    assert {"jaxq", "float", "gptq", "awq", "gguf"} <= TARGETS.keys()
+
+
+def _tensors(folder):
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    return jaxq.load_model(write_tiny(folder, dtype="bfloat16"))
