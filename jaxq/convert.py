@@ -17,7 +17,8 @@ from jaxq.codecs.folder import SafetensorsSink, carry_over, may_replace
 from jaxq.codecs.gguf_write import GGUFSink
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.fold import fold, has_input_scales
-from jaxq.lm import DEMO, LM, load_model
+from jaxq.lm import DEMO, load_model
+from jaxq.model import Model
 from jaxq.names import lookup
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.quantize import quantize
@@ -123,7 +124,7 @@ class _Model:
 
 
 def convert(
-    source: str | Path | LM,
+    source: str | Path | Model,
     path: str | Path,
     to: str,
     *,
@@ -268,11 +269,11 @@ def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Any:
     return SafetensorsSink(folder, None if write is None else write(), shard_bytes)
 
 
-def _is_foreign(source: str | Path | LM) -> bool:
+def _is_foreign(source: str | Path | Model) -> bool:
     """Whether a source is a folder that another library wrote."""
     from jaxq.checkpoints import is_jaxq_checkpoint
 
-    return not isinstance(source, LM) and not (
+    return not isinstance(source, Model) and not (
         str(source) == DEMO or is_jaxq_checkpoint(source)
     )
 
@@ -314,7 +315,7 @@ def _loaded(source: Any, to: str, requantize: bool) -> _Model:
     """
     from jaxq.models import find_family
 
-    lm = source if isinstance(source, LM) else load_model(source)
+    lm = source if isinstance(source, Model) else load_model(source)
     hf_config = _config_of(lm)
     family = find_family(hf_config)
     params = lm.params
@@ -356,7 +357,7 @@ def _leaf(name: str, slot: Any, value: Any) -> _Leaf:
     return _Leaf(name, value, is_layer, is_inner, slot.transposed)
 
 
-def _config_of(lm: LM) -> dict[str, Any]:
+def _config_of(lm: Model) -> dict[str, Any]:
     text = lm.files.get("config.json")
     if text is None:
         raise CheckpointError(
@@ -374,7 +375,7 @@ def _folder(path: Path) -> Path:
     return path.parent if path.is_file() else path
 
 
-def _logits_of(lm: LM) -> Any:
+def _logits_of(lm: Model) -> Any:
     """Return what computes logits on float activations; None if that takes too long."""
     if lm.nbytes > LARGEST_CHECK:
         return None
@@ -397,7 +398,7 @@ def _float_activation(leaf: Any) -> Any:
 
 
 def _to_jaxq(source: Any, target: Path, overwrite: bool) -> Conversion:
-    lm = source if isinstance(source, LM) else load_model(source)
+    lm = source if isinstance(source, Model) else load_model(source)
     lm.save(target, overwrite=overwrite)
     leaves, _ = jax.tree_util.tree_flatten_with_path(lm.params, is_leaf=is_qtensor)
     rows = tuple(

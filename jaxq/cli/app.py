@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jaxq.cli.compare import compare
+from jaxq.cli.convert import convert
 from jaxq.cli.demo import demo
 from jaxq.cli.evaluate import evaluate
 from jaxq.cli.generate import generate
@@ -29,6 +30,7 @@ that jaxq wrote, or the word [bold]demo[/] for the small model that comes with j
   jaxq eval small --text demo --reference demo   what it cost
   jaxq generate small --prompt "import "         use it
   jaxq compare demo -r w4a16,nf4 --text demo     which recipe to choose
+  jaxq convert ./llama-gptq ours                 from and to other libraries
 
 [bold]Exit codes[/]
   0    done
@@ -95,6 +97,7 @@ _add("generate", generate)
 _add("plan", plan)
 _add("inspect", show)
 _add("compare", compare)
+_add("convert", convert)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from jaxq.cli.screen import errors, print_json, results, size
 from jaxq.evaluate import bits_per_weight, parameter_count, stored_bytes
 from jaxq.lm import load_model
 from jaxq.model import TIMINGS, Model
+from jaxq.qtensor import is_qtensor
 from jaxq.report import Evidence, read_evidence
 
 
@@ -54,7 +55,8 @@ def inspect(
     else:
         lm = load_model(path, weights=False)
         rows = _float_rows(lm)
-        facts, title = _float_facts(path, lm, rows), f"{lm.name}: a float model"
+        how = "a float model" if lm.codec == "float" else f"quantized, {lm.codec}"
+        facts, title = _float_facts(path, lm, rows), f"{lm.name}: {how}"
     if as_json:
         print_json(facts | _evidence_facts(found))
         return
@@ -123,12 +125,12 @@ def _quantized_rows(summary: Summary) -> list[Row]:
 
 
 def _float_rows(lm: Model) -> list[Row]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(lm.params)
+    flat, _ = jax.tree_util.tree_flatten_with_path(lm.params, is_leaf=is_qtensor)
     return [
         (
             jax.tree_util.keystr(path, simple=True, separator="/"),
             tuple(leaf.shape),
-            leaf.dtype.name,
+            leaf.spec.describe() if is_qtensor(leaf) else leaf.dtype.name,
             stored_bytes(leaf),
             bits_per_weight(leaf),
         )

@@ -20,6 +20,7 @@ from jaxq.cli.options import (
     read_text,
 )
 from jaxq.cli.screen import errors, print_json, progress, results, size
+from jaxq.convert import TARGETS, convert
 from jaxq.lm import load_model
 from jaxq.model import Model as AnyModel
 from jaxq.recipe import Recipe
@@ -46,7 +47,11 @@ def quantize(  # noqa: PLR0913  one argument per option
     ] = None,
     group_size: GroupSize = None,
     to: Annotated[
-        str, typer.Option(metavar="FORMAT", help="safetensors or orbax.")
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="safetensors or orbax, or what [bold]jaxq convert --to[/] takes.",
+        ),
     ] = "safetensors",
     force: Annotated[
         bool,
@@ -77,11 +82,12 @@ def quantize(  # noqa: PLR0913  one argument per option
       jaxq quantize ./llama -o llama-nf4 --recipe nf4 --group-size 128
       jaxq quantize ./llama -o out --recipe w4a16-gptq --calibration notes.txt
       jaxq quantize ./llama -o out --recipe w4a16-gptq --calibration notes.txt --resume
+      jaxq quantize ./llama -o llama-bnb --recipe nf4 --to bitsandbytes
     """
     chosen = read_recipe(recipe)
-    if to not in BACKENDS:
+    if to not in BACKENDS and to not in TARGETS:
         raise typer.BadParameter(
-            f"writing {to!r} is not there yet; there is {' and '.join(BACKENDS)}",
+            f"no format {to!r}; known are {', '.join((*BACKENDS, *TARGETS))}",
             param_hint="--to",
         )
     text = None if calibration is None else read_text(calibration, "calibration.txt")
@@ -95,7 +101,7 @@ def quantize(  # noqa: PLR0913  one argument per option
     with errors().status(f"loading {model}"):
         lm = load_model(model, lazy=to == "safetensors")
     work = Work(output, chosen, text, group_size, force, resume)
-    done = stream(lm, work) if to == "safetensors" else whole(lm, work)
+    done = stream(lm, work) if to == "safetensors" else whole(lm, work, to)
     report(model, to, done, time.perf_counter() - start, as_json)
     if done.fallbacks:
         raise typer.Exit(FELL_BACK)
@@ -161,11 +167,16 @@ def stream(lm: AnyModel, work: Work) -> Done:
     )
 
 
-def whole(lm: AnyModel, work: Work) -> Done:
+def whole(lm: AnyModel, work: Work, to: str) -> Done:
     """Quantize in memory, and write all of it at the end."""
     small = run_quantize(lm, work.recipe, work.calibration, work.group_size)
     with errors().status(f"writing {work.output}"):
-        folder = small.save(work.output, backend="orbax", overwrite=work.force)
+        if to == "orbax":
+            folder = small.save(work.output, backend=to, overwrite=work.force)
+        else:
+            written = convert(small, work.output, to, overwrite=work.force)
+            folder = written.path
+            errors().print(str(written), markup=False, highlight=False, soft_wrap=True)
     return Done(
         str(folder),
         small.recipe.name if small.recipe else work.recipe.name,

@@ -15,7 +15,16 @@ from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
 from tests.tiny_lm import TEXT
 
-COMMANDS = ["demo", "quantize", "eval", "generate", "plan", "inspect", "compare"]
+COMMANDS = [
+    "demo",
+    "quantize",
+    "eval",
+    "generate",
+    "plan",
+    "inspect",
+    "compare",
+    "convert",
+]
 
 
 def test_help_teaches(jaxq):
@@ -183,3 +192,34 @@ def test_json_has_no_word_for_infinity(capsys):
         "b": None,
         "c": "[x]",
     }
+
+
+def test_quantize_writes_what_other_engines_read(jaxq, tiny, tmp_path):
+    out = tmp_path / "out"
+    ran = jaxq("quantize", tiny, "-o", out, "--recipe", "nf4", "--to", "bitsandbytes")
+    assert ran.exit_code == 0, ran.stderr
+    assert "bitsandbytes" in ran.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    assert (out / "tokenizer.json").is_file()
+    assert load_model(out).codec == "bitsandbytes"
+
+
+def test_convert_says_what_became_of_every_weight(jaxq, small, tmp_path):
+    folder, _ = small
+    ran = jaxq("convert", folder, tmp_path / "a", "--to", "compressed-tensors")
+    assert ran.exit_code == 0, ran.stderr
+    assert "exact" in ran.stdout
+    ran = jaxq("convert", tmp_path / "a", tmp_path / "b", "--to", "fp8")
+    assert ran.exit_code == 1
+    assert "cannot be written as fp8" in ran.stderr
+    assert "--requantize" in ran.stderr
+    ran = jaxq(
+        "convert", tmp_path / "a", tmp_path / "b", "--to", "fp8", "--requantize",
+        "--json",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.stderr
+    facts = json.loads(ran.stdout)
+    assert facts["lossless"] is False
+    assert facts["counts"]["requantized"] == 14
+    assert all(row["error"] < 0.1 for row in facts["rows"])

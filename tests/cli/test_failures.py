@@ -25,7 +25,7 @@ def one_message(ran, code):
     [
         ("--recipe", "w4a61", "did you mean 'w4a16'?"),
         ("--recipe", "none.yaml", "there is no file none.yaml"),
-        ("--to", "gguf", "not there yet; there is safetensors and orbax"),
+        ("--to", "ggml", "no format 'ggml'; known are safetensors, orbax, jaxq"),
         ("--group-size", "0", "equal to 1"),
     ],
 )
