@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.memory import peak, resident
 from benchmarks.report import Table, arguments, publish
 from jaxq import QuantSpec
 from jaxq.solvers import Statistics, layer_loss, rtn, solve_with
@@ -72,7 +71,7 @@ def measure_once(weight: Path, gram: Path, size: int, case: str) -> dict[str, fl
     ready = time.perf_counter()
     solved = jax.block_until_ready(compiled(w, Statistics(h, jnp.int32(2 * size))))
     first = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    most = peak()
     plan, plain = compiled.memory_analysis(), rtn(w, None, SPEC)
     allotted = plan.temp_size_in_bytes + plan.output_size_in_bytes
     return {
@@ -82,14 +81,8 @@ def measure_once(weight: Path, gram: Path, size: int, case: str) -> dict[str, fl
         "loss": float(layer_loss(w, solved.weight, h) / layer_loss(w, plain, h)),
         "plain": float(layer_loss(w, plain, h)),
         "memory": allotted / h.nbytes,
-        "peak": (peak - before) * 2**20 / h.nbytes,
+        "peak": (most - before) * 2**20 / h.nbytes,
     }
-
-
-def resident() -> float:
-    """Return the MiB of this process that are in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def child(command: list[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 
 import jaxq
+from benchmarks.memory import peak
 from benchmarks.report import Table, arguments, publish
 from jaxq.checkpoints.huggingface import write_folder
 from jaxq.models import find_family
@@ -64,7 +64,6 @@ def child(model: str, out: str, sequences: int, length: int) -> None:
     lm = jaxq.load_model(model, lazy=True)
     tokens = np.random.default_rng(1).integers(0, VOCAB, (sequences, length))
     marks: list[tuple[str, float]] = [("", time.perf_counter())]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def progress(row: PlanRow, done: int, total: int) -> None:
         marks.append((row.path, time.perf_counter()))
@@ -75,9 +74,8 @@ def child(model: str, out: str, sequences: int, length: int) -> None:
         if "/layers_" in path:
             ends[path.split("/")[1]] = moment
     moments = [marks[0][1], *ends.values()]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = np.diff(moments).tolist()
-    print(json.dumps({"seconds": seconds, "peak": peak, "before": before}))
+    print(json.dumps({"seconds": seconds, "peak": peak()}))
 
 
 def run(layers: int, sequences: int, length: int) -> dict:
@@ -121,7 +119,7 @@ def memory() -> Table:
             [
                 f"{layers} layers",
                 f"{size:.0f}",
-                f"{out['peak'] / 1024:.0f}",
+                f"{out['peak']:.0f}",
                 f"{out['peak'] / found[8]['peak']:.3f}",
             ]
         )
@@ -135,8 +133,12 @@ def main() -> None:
         model, out, sequences, length = sys.argv[sys.argv.index("--child") + 1 :]
         child(model, out, int(sequences), int(length))
         return
-    options = arguments("Seconds and memory of whole models.").parse_args()
-    publish("whole_model", ABOUT, [memory(), timing(options)], options)
+    parser = arguments("Seconds and memory of whole models.")
+    parser.add_argument("--only", choices=("memory", "seconds"), help="one table")
+    options = parser.parse_args()
+    tables = [memory()] if options.only != "seconds" else []
+    tables += [timing(options)] if options.only != "memory" else []
+    publish("whole_model", ABOUT, tables, options)
 
 
 if __name__ == "__main__":

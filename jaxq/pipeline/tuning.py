@@ -1,6 +1,7 @@
 """Tune the weights of a block together, so that its output is the float block's."""
 
 import dataclasses
+import math
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from jaxq.pipeline.solve import Task, losses
 from jaxq.pipeline.store import Store
 from jaxq.pipeline.stream import Stream
 from jaxq.solvers.autoround import Problem, Samples, Settings, tune
+
+STEP_TOKENS = 4096  # eight sequences of 512: fewer, and the gradient's sign is noise
 
 
 def tune_block(
@@ -64,7 +67,7 @@ def tune_block(
         function,
         problems,
         samples,
-        _settings(dict(rule.options)),
+        _settings(dict(rule.options), samples),
         fixed=fixed_values(function, program, store.weight),
         key=jax.random.key(zlib.crc32(groups[0].block.encode())),
     )
@@ -91,12 +94,17 @@ def tune_block(
     return out
 
 
-def _settings(options: Mapping[str, Any]) -> Settings:
-    """Return those of a rule's options that are about tuning."""
+def _settings(options: Mapping[str, Any], samples: Samples) -> Settings:
+    """Return those of a rule's options that are about tuning.
+
+    A step sees the batches that together hold `STEP_TOKENS`, however the data is cut.
+    """
     known = {field.name for field in dataclasses.fields(Settings)}
-    # a batch of calibration data is a batch of sequences already
-    chosen: dict[str, Any] = {"batch": 1}
-    chosen |= {k: v for k, v in options.items() if k in known}
+    chosen = {k: v for k, v in options.items() if k in known}
+    if "batch" not in chosen:
+        largest = max(jax.tree.leaves(samples.targets), key=lambda a: a.size)
+        tokens = math.prod(largest.shape[1:-1])
+        chosen["batch"] = max(1, -(-STEP_TOKENS // max(tokens, 1)))
     return Settings(**chosen)
 
 
