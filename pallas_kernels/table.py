@@ -11,12 +11,19 @@ KERNELS: dict[str, tuple[str, ...]] = {
         "pallas_kernels.tpu.weight_only_decode",
         "pallas_kernels.tpu.weight_only_prefill",
     ),
-    "gpu": (),
+    "gpu": (
+        "pallas_kernels.gpu.quantized_activation",
+        "pallas_kernels.gpu.weight_only_prefill",
+        "pallas_kernels.gpu.weight_only",
+        "pallas_kernels.gpu.triton_quantized_activation",
+        "pallas_kernels.gpu.triton_weight_only",
+    ),
 }
 
 # layout -> the module with the LAYOUT
 LAYOUTS: dict[str, str] = {
     "tpu": "pallas_kernels.tpu.layout",
+    "gpu": "pallas_kernels.gpu.layout",
 }
 
 

@@ -10,7 +10,8 @@ from pallas_kernels.gpu.layout import WORDS, Block, matrix
 from pallas_kernels.kernel import Coding
 
 COLUMNS = 64  # of a weight, per warpgroup: the rows of its accumulator
-EIGHT = 8  # rows of the activation: the fewest that a tensor core multiplies
+SHARED = 225_000  # bytes of a thread block, for buffers
+EIGHT = 8  # rows of a product come by eights up to 32, beyond by sixteens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Geometry:
         rows: rows of the activation per thread block.
         row_tiles: how many of those.
         warpgroups: that compute.
+        each: columns per warpgroup.
         step: rows of the weight per step.
         splits: parts of K.
         stages: buffers.
@@ -39,6 +41,7 @@ class Geometry:
     rows: int
     row_tiles: int
     warpgroups: int
+    each: int
     step: int
     splits: int
     stages: int
@@ -52,8 +55,18 @@ class Geometry:
         coding: Coding,
         group: int,
         tile: Any,
+        sizes: tuple[int, int],
     ) -> "Geometry":
         """Fit a tile to ``x[rows, K]`` and relaid codes.
+
+        Args:
+            rows: of the activation.
+            codes: relaid.
+            groups: scales per column.
+            coding: of the weight.
+            group: rows per scale.
+            tile: the kernel's.
+            sizes: bytes of a number of the activation, and of the result.
 
         Raises:
             ValueError: when groups do not divide K, or are not of 32 · 2^n rows.
@@ -63,17 +76,31 @@ class Geometry:
         if (reason := cannot_group(inner, group)) is not None:
             raise ValueError(reason)
         step = _step(inner, Block(coding.bits).rows, group, tile.inner)
-        per_block = min(tile.rows, up(rows, EIGHT))
+        per_block = min(tile.rows, up(rows, EIGHT if rows <= 4 * EIGHT else 2 * EIGHT))
         splits = math.gcd(inner // step, tile.splits)
         columns = up(columns, COLUMNS)
+        each = math.gcd(columns, tile.columns)
         counts = range(1, tile.warpgroups + 1)
-        warpgroups = max(n for n in counts if columns // COLUMNS % n == 0)
+        warpgroups = max(n for n in counts if columns // each % n == 0)
         count = -(-rows // per_block)
-        stages = min(tile.stages, inner // step // splits)
+        loaded = step * (coding.bits * each * warpgroups // 8 + sizes[0] * per_block)
+        written = sizes[1] * COLUMNS * warpgroups * per_block
+        fit = (SHARED - written) // (loaded + 16 * each * warpgroups)
+        stages = min(tile.stages, inner // step // splits, fit)
         return cls(
-            coding, inner, columns, group, groups, per_block, count, warpgroups, step,
-            splits, max(stages, 1),
-        )  # fmt: skip
+            coding=coding,
+            inner=inner,
+            columns=columns,
+            group=group,
+            groups=groups,
+            rows=per_block,
+            row_tiles=count,
+            warpgroups=warpgroups,
+            each=each,
+            step=step,
+            splits=splits,
+            stages=max(stages, 1),
+        )
 
     @property
     def padded_rows(self) -> int:
@@ -83,7 +110,7 @@ class Geometry:
     @property
     def tile_columns(self) -> int:
         """Columns per thread block."""
-        return COLUMNS * self.warpgroups
+        return self.each * self.warpgroups
 
     @property
     def column_tiles(self) -> int:

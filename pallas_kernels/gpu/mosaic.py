@@ -6,13 +6,14 @@ same either way; the unpacking program itself is the same (see `words`).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.words import Arrays, Program, assemble
@@ -91,7 +92,7 @@ class Mode:
         self, program: Program, words: Sequence[jax.Array], shape: "Unpacked"
     ) -> list[jax.Array]:
         """Run a program on words ``[64, 32]``, and put its results together."""
-        run = _by_arrays if self.interpret else _by_registers
+        run = by_arrays if self.interpret else _by_registers
         return run(program, words, shape)
 
     def transposed_store(self, ref: Any, value: jax.Array) -> None:
@@ -101,6 +102,118 @@ class Mode:
         else:
             cast = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
             transposed(ref)[...] = cast
+
+    def accumulated(
+        self, shape: tuple[int, int], dtype: Any, write: Callable[..., None]
+    ) -> Callable[..., None]:
+        """Return a pipeline's context: a sum in registers from its start to its end.
+
+        A step gets it as its carry, adds to `sum_of` that, and returns the same.
+        """
+
+        def compiled(run: Any) -> None:
+            def scope(total: Any) -> None:
+                run(total)
+                write(total[...])
+
+            pl.run_scoped(scope, plgpu.ACC(shape, dtype))
+
+        interpreted = lambda run: write(run(jnp.zeros(shape, dtype)))
+        return interpreted if self.interpret else compiled
+
+    def sum_of(self, carry: Any) -> Any:
+        """Return what `multiply` can add to."""
+        return Sum(carry) if self.interpret else carry
+
+    def carry_of(self, total: Any) -> Any:
+        """Return a step's carry."""
+        return total.value if self.interpret else total
+
+    def carried(self, shape: tuple[int, ...], write: Callable[..., None]) -> Any:
+        """Return a pipeline's context: a float32 sum that each step returns anew."""
+
+        def compute(run: Any) -> None:
+            zero = jnp.zeros(shape, jnp.float32)
+            write(run(self.cast(zero, plgpu.Layout.WGMMA)))
+
+        return compute
+
+    def partial(
+        self, shape: tuple[int, int], dtype: Any, accumulate: Callable[[Any], None]
+    ) -> jax.Array:
+        """Return what ``accumulate`` adds to a sum that starts at zero."""
+
+        def compiled(total: Any) -> jax.Array:
+            accumulate(total)
+            return total[...]
+
+        if not self.interpret:
+            return pl.run_scoped(compiled, plgpu.ACC(shape, dtype))
+        found = Sum(jnp.zeros(shape, dtype))
+        accumulate(found)
+        return found.value
+
+    def write(
+        self, buffer: Any, value: jax.Array, out: Any, rows: Any, columns: Any
+    ) -> None:
+        """Write a tile ``[columns, rows]`` to the result, or to its transpose.
+
+        16-bit numbers are transposed on their way through shared memory.
+        """
+        flip = value.dtype.itemsize == 2
+        if flip:
+            self.transposed_store(buffer, value)
+        else:
+            buffer[...] = value
+        plgpu.commit_smem()
+        target = out.at[rows, columns] if flip else out.at[columns, rows]
+        plgpu.copy_smem_to_gmem(buffer, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def multiply(
+        self, total: Any, left: Any, right: Any, in_flight: int | None
+    ) -> None:
+        """Add ``left @ right.T`` to a sum; wait until only so many products run."""
+        if self.interpret:
+            left = left if isinstance(left, jax.Array) else left[...]
+            sides = (((1,), (1,)), ((), ()))
+            kind = total.dtype
+            total[...] += lax.dot_general(
+                left, right[...], sides, preferred_element_type=kind
+            )
+        else:
+            plgpu.wgmma(total, left, transposed(right))
+            if in_flight is not None:
+                plgpu.wgmma_wait(in_flight)
+
+    def unpacked_bytes(
+        self, program: Program, words: jax.Array, zeros: jax.Array | None
+    ) -> jax.Array:
+        """Run a program on bytes ``[64, 64]`` (and zero points like them): int8."""
+        operands = [words] if zeros is None else [words, zeros]
+        if not self.interpret:
+            return _bytes_by_registers(program, operands)
+        rows, length = words.shape
+        fours = [
+            lax.bitcast_convert_type(a.reshape(rows, length // 4, 4), jnp.uint32)
+            for a in operands
+        ]
+        (found,) = program(Arrays(), fours)
+        return lax.bitcast_convert_type(found, jnp.int8).reshape(rows, length)
+
+
+class Sum:
+    """An accumulator that is a value: what `Mode.multiply` adds to when interpreted."""
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+        self.dtype = value.dtype
+
+    def __getitem__(self, _: Any) -> jax.Array:
+        return self.value
+
+    def __setitem__(self, _: Any, value: jax.Array) -> None:
+        self.value = value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +231,10 @@ class Unpacked:
     planes: int
 
 
-def _by_arrays(
+def by_arrays(
     program: Program, words: Sequence[jax.Array], shape: Unpacked
 ) -> list[jax.Array]:
+    """Run a program on words in plain jnp, two 16-bit numbers at a time."""
     rows, length = words[0].shape
     pairs = [
         lax.bitcast_convert_type(w.reshape(rows, length // 2, 2), jnp.uint32)
@@ -175,6 +289,34 @@ def _by_registers(
         )
 
     return list(run(*words))
+
+
+def _bytes_by_registers(program: Program, operands: list[jax.Array]) -> jax.Array:
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    layout = plgpu.Layout.WGMMA_8BIT
+    assembly = assemble(program, len(operands), 1)
+
+    @plgpu.inline_mgpu(
+        arg_types=(layout,) * len(operands),
+        return_type=plgpu.ShapeDtypeStruct(operands[0].shape, jnp.int8, layout=layout),
+    )
+    def run(_: Any, *arrays: Any) -> Any:
+        word = ir.IntegerType.get_signless(32)
+        four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+        registers = np.empty_like(arrays[0].registers)
+        for place in np.ndindex(registers.shape):
+            words = [utils.bitcast(a.registers[place], word) for a in arrays]
+            (found,) = _inline(llvm, ir, word, words, assembly)
+            registers[place] = utils.bitcast(found, four)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=arrays[0].layout, _is_signed=True
+        )
+
+    return run(*operands)
 
 
 def _inline(llvm: Any, ir: Any, word: Any, operands: Any, assembly: Any) -> list[Any]:

@@ -14,7 +14,6 @@ compute. With one way to split K the kernel writes the result itself, in its dty
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -26,19 +25,18 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.gpu.cases import FP4, FP8, INT8, NF4, UINT8, Case, signed, unsigned
 from pallas_kernels.gpu.geometry import Geometry, cannot_group
-from pallas_kernels.gpu.layout import WORDS, Block, words_of
 from pallas_kernels.gpu.layout import declines as layout_declines
+from pallas_kernels.gpu.layout import words_of
 from pallas_kernels.gpu.mosaic import (
     PARAMS,
     ROWS,
     Mode,
-    Unpacked,
     pipeline,
     stacked,
     swizzled,
-    transposed,
     wide,
 )
+from pallas_kernels.gpu.operands import operands
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
 
@@ -55,6 +53,7 @@ class Tile:
         inner: rows of the weight per step, at least.
         stages: buffers in the ring.
         splits: parts of K that different thread blocks sum.
+        columns: per warpgroup.
     """
 
     rows: int = 32
@@ -62,6 +61,7 @@ class Tile:
     inner: int = 128
     stages: int = 6
     splits: int = 1
+    columns: int = ROWS
 
 
 def weight_only(
@@ -99,7 +99,7 @@ def weight_only(
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     rows, columns = x.shape[0], codes.shape[-1] // 32
     x = split(x, parts)
-    g = Geometry.of(x.shape[0], codes, scales.shape[-2], coding, group, tile)
+    g = Geometry.of(x.shape[0], codes, scales.shape[-2], coding, group, tile, (2, 4))
     direct = g.splits == 1 and out_dtype == x.dtype and rows == x.shape[0]
     dtype = out_dtype if direct else jnp.dtype(jnp.float32)
     arrays = [
@@ -165,30 +165,23 @@ def _kernel(
 
     def step(_: Any, w: Any, x: Any, s: Any, *more: Any) -> jax.Array:
         *z, total = more
-        operands = _operands(g, floats, mode, w, z, here)
+        operand = operands(g, floats, mode, w, z, here)
+        count = g.run // g.operand
         for i in range(g.scales):
-            first = i * g.run // g.operand
-            mine = [(j, operands(j)) for j in range(first, first + g.run // g.operand)]
-            part = _product(g, mode, mine, x)
+            # unpacked before the sum's scope: the next group may share a table's words
+            mine = [operand(j) for j in range(i * count, (i + 1) * count)]
+            add = functools.partial(_accumulate, g, mode, mine, x, i * count)
+            part = mode.partial((ROWS, g.rows), jnp.float32, add)
             scale = mode.per_row(s.at[i, here], part.shape, jnp.float32)
             total = total + part * scale
         mode.release()
         return total
 
-    def compute(run: Any) -> None:
-        zero = mode.cast(jnp.zeros((ROWS, g.rows), jnp.float32), plgpu.Layout.WGMMA)
-        total = run(zero)
-        direct = dtype != jnp.float32
+    def write(total: jax.Array) -> None:
         columns = pl.ds(n * g.tile_columns + wg * ROWS, ROWS)
         rows = pl.ds(m * g.rows, g.rows)
-        if direct:
-            mode.transposed_store(buffer.at[wg], total.astype(dtype))
-        else:
-            buffer[wg] = total
-        plgpu.commit_smem()
-        target = out.at[rows, columns] if direct else out.at[k, columns, rows]
-        plgpu.copy_smem_to_gmem(buffer.at[wg], target)
-        plgpu.wait_smem_to_gmem(0)
+        target = out if dtype.itemsize == 2 else out.at[k]
+        mode.write(buffer.at[wg], total.astype(dtype), target, rows, columns)
 
     tile_scales = plgpu.BlockSpec(
         (g.scales, g.tile_columns), lambda i: (g.scales_of(layer, k, i), n)
@@ -211,63 +204,17 @@ def _kernel(
         wg_axis="wg",
         num_compute_wgs=g.warpgroups,
         max_concurrent_steps=g.stages,
-        compute_context=compute,
+        compute_context=mode.carried((ROWS, g.rows), write),
     )(codes, x, scales, *zeros)
 
 
-def _operands(
-    g: Geometry, floats: Floats, mode: Mode, words: Any, zeros: list[Any], here: Any
-) -> Any:
-    """Return a function to the left operands of a step: ``[64, operand]`` each."""
-    block = Block(g.coding.bits)
-    planes = g.operand // WORDS
-    # looking up a table takes all four fields of a word at once
-    chunk = 4 if g.coding.kind == "table" else planes
-    made: dict[int, jax.Array] = {}
-
-    def operand(j: int) -> jax.Array:
-        number, first = divmod(j * planes // chunk * chunk, block.planes)
-        if j not in made:
-            which = range(first, first + chunk)
-            start = number * block.slabs
-            slabs = [words[start + s, here] for s in floats.slabs(which)]
-            program = functools.partial(_run_planes, floats, which)
-            shape = Unpacked(floats.dtype, chunk // planes, planes)
-            found = mode.unpacked(program, slabs, shape)
-            base = (number * block.planes + first) // planes
-            made.update(enumerate(found, base))
-        w = made[j]
-        for z in zeros:
-            i = j * g.operand // g.run
-            zero = mode.per_row(z.at[i, here], w.shape, jnp.float32)
-            w = w - (zero + jnp.float32(floats.offset)).astype(w.dtype)
-        return w
-
-    return operand
-
-
-def _run_planes(floats: Floats, planes: Any, m: Any, words: Any) -> Any:
-    return floats.program(m, words, planes)
-
-
-def _product(g: Geometry, mode: Mode, operands: Any, x: Any) -> jax.Array:
-    """Multiply the operands of one group with the activation: ``[64, rows]``."""
-    columns = [pl.ds(j * g.operand, g.operand) for j, _ in operands]
-    if mode.interpret:
-        parts = [
-            jnp.dot(w, x[:, here].T, preferred_element_type=jnp.float32)
-            for (_, w), here in zip(operands, columns, strict=True)
-        ]
-        return functools.reduce(operator.add, parts)
-
-    def accumulate(total: Any) -> jax.Array:
-        for (_, w), here in zip(operands, columns, strict=True):
-            plgpu.wgmma(total, w, transposed(x.at[:, here]))
-        plgpu.wgmma_wait(0)
-        return total[...]
-
-    shape = plgpu.ACC((ROWS, g.rows), jnp.float32)
-    return pl.run_scoped(accumulate, shape)
+def _accumulate(
+    g: Geometry, mode: Mode, mine: list[jax.Array], x: Any, first: int, total: Any
+) -> None:
+    """Add the products of some operands, of which ``first`` is the first."""
+    for i, left in enumerate(mine):
+        right = x.at[:, pl.ds((first + i) * g.operand, g.operand)]
+        mode.multiply(total, left, right, 0 if i == len(mine) - 1 else None)
 
 
 def declines(p: Problem) -> str | None:

@@ -1,0 +1,268 @@
+"""Attention of one token per sequence over an int8 or int4 cache (Pallas-Triton).
+
+    o = Σ_s p_s v_s,   p = softmax_s(q · k_s / √D),   k_s = κ_s · code,  v_s alike
+
+A token's scale leaves the products: κ multiplies the score, ν the probability, so codes
+go to the tensor cores as exact 16-bit numbers. Every part of the context is attended to
+by its own thread block, with a maximum and a sum of its own, and the parts are put
+together by XLA; blocks past a sequence's length are not read.
+
+An int4 code of channel d shares its byte with channel d + D / 2 (low half first); codes
+are ``value + 8``. int8 codes are two's complement.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.gpu.triton_grid import LEAST, by_rows
+
+LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How the context is cut.
+
+    Attributes:
+        tokens: per step, 16 · 2^n.
+        parts: of the context, for different thread blocks.
+        warps: per thread block.
+        stages: of Triton's pipeline.
+    """
+
+    tokens: int = 64
+    parts: int = 8
+    warps: int = 4
+    stages: int = 3
+
+
+TILES = (Tile(), Tile(128, 8), Tile(64, 16), Tile(64, 32), Tile(32, 16, 4, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A cache for tests and benchmarks.
+
+    Attributes:
+        name: what is special about it.
+        batch: sequences.
+        heads: of keys and values.
+        queries: per head of keys and values.
+        tokens: the longest context.
+        channels: per head.
+        bits: 8 or 4.
+        dtype: of queries.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    tokens: int
+    channels: int
+    bits: int
+    dtype: str = "bfloat16"
+
+    def arrays(self, seed: int = 0) -> list[jax.Array]:
+        """Return random arguments of `decode_attention`."""
+        random = np.random.default_rng(seed)
+        lead = self.batch, self.heads
+        q = random.standard_normal((*lead, self.queries, self.channels))
+        size = (*lead, self.tokens, self.channels * self.bits // 8)
+        codes = [random.integers(0, 256, size, dtype=np.uint8) for _ in range(2)]
+        scales = [random.uniform(0.01, 0.02, size[:-1]) for _ in range(2)]
+        lengths = random.integers(1, self.tokens + 1, self.batch)
+        lengths[0] = self.tokens
+        return [
+            jnp.asarray(q.astype(self.dtype)),
+            *map(jnp.asarray, codes),
+            *(jnp.asarray(scale.astype(np.float32)) for scale in scales),
+            jnp.asarray(lengths.astype(np.int32)),
+        ]
+
+
+CASES = (
+    Case("int8", 2, 2, 4, 256, 64, 8),
+    Case("int4", 2, 1, 8, 128, 128, 4),
+    Case("int8, one query, odd length, float32", 1, 2, 1, 200, 64, 8, "float32"),
+)
+
+
+def decode_attention(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    key_scales: jax.Array,
+    value_scales: jax.Array,
+    lengths: jax.Array,
+    *,
+    bits: int,
+    tile: Tile = TILES[0],
+    interpret: bool = False,
+) -> jax.Array:
+    """Return the attention of one token per sequence.
+
+    Args:
+        q: ``[B, H, G, D]``: G queries share a head of keys and values.
+        keys: uint8 ``[B, H, S, D · bits / 8]``.
+        values: like ``keys``.
+        key_scales: float32 ``[B, H, S]``.
+        value_scales: like ``key_scales``.
+        lengths: int32 ``[B]``, the tokens of each cache, at least 1.
+        bits: 8 or 4.
+        tile: how to cut; fewer parts where the context is short.
+        interpret: whether to run on a CPU.
+
+    Returns:
+        ``[B, H, G, D]`` in the dtype of ``q``.
+
+    Raises:
+        ValueError: when ``bits`` is neither 8 nor 4.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits={bits}: a cache has codes of 4 or 8 bits")
+    batch, heads, queries, channels = q.shape
+    parts = max(1, min(tile.parts, keys.shape[2] // tile.tokens))
+    pad = -keys.shape[2] % (parts * tile.tokens)
+    keys, values, key_scales, value_scales = (
+        jnp.pad(a, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 3)) if pad else a
+        for a in (keys, values, key_scales, value_scales)
+    )
+    per = keys.shape[2] // parts
+    rows = max(LEAST, 1 << (queries - 1).bit_length())
+    half = jnp.float16 if q.dtype == jnp.float16 else jnp.bfloat16
+    scaled = (q.astype(jnp.float32) * channels**-0.5).astype(half)
+    scaled = jnp.pad(scaled, ((0, 0), (0, 0), (0, rows - queries), (0, 0)))
+    cache = pl.BlockSpec(
+        (None, None, per, channels * bits // 8), lambda b, h, j: (b, h, j, 0)
+    )
+    scale = pl.BlockSpec((None, None, per), lambda b, h, j: (b, h, j))
+    out, weight = pl.pallas_call(
+        functools.partial(_kernel, bits, tile.tokens, per),
+        grid=(batch, heads, parts),
+        in_specs=[
+            pl.BlockSpec((None, None, rows, channels), lambda b, h, j: (b, h, 0, 0)),
+            *[cache, cache, scale, scale],
+            pl.BlockSpec((1,), lambda b, h, j: (b,)),
+        ],
+        out_specs=[
+            pl.BlockSpec(
+                (None, None, None, rows, channels), lambda b, h, j: (b, h, j, 0, 0)
+            ),
+            pl.BlockSpec((None, None, None, rows), lambda b, h, j: (b, h, j, 0)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, parts, rows, channels), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, parts, rows), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(
+            num_warps=tile.warps, num_stages=tile.stages
+        ),
+        interpret=interpret,
+    )(scaled, keys, values, key_scales, value_scales, lengths)
+    share = jax.nn.softmax(weight, axis=2)[..., None]
+    return jnp.sum(out * share, axis=2)[:, :, :queries].astype(q.dtype)
+
+
+def _kernel(
+    bits: int,
+    tokens: int,
+    per: int,
+    q: Any,
+    keys: Any,
+    values: Any,
+    key_scales: Any,
+    value_scales: Any,
+    lengths: Any,
+    out: Any,
+    weight: Any,
+) -> None:
+    """Attend to one part of a context; write its mean and the log of its weight."""
+    left = lengths[0] - pl.program_id(2) * per
+    query, rows = q[...], q.shape[0]
+    fields = 8 // bits
+    width = q.shape[1] // fields
+    queries = (
+        [query] if fields == 1 else [q[:, pl.ds(i * width, width)] for i in (0, 1)]
+    )
+
+    def step(i: Any, carry: Any) -> Any:
+        top, total, sums = carry
+        here = pl.ds(i * tokens, tokens)
+        k = _numbers(keys[here], bits, query.dtype)
+        pairs = zip(queries, k, strict=True)
+        score = sum(by_rows(a, b, jnp.float32) for a, b in pairs)
+        score = score * key_scales[here][None]
+        inside = i * tokens + lax.broadcasted_iota(jnp.int32, score.shape, 1) < left
+        score = jnp.where(inside, score, jnp.float32(LOWEST))
+        new = jnp.maximum(top, jnp.max(score, axis=1))
+        fade, p = jnp.exp(top - new), jnp.exp(score - new[:, None])
+        mass = (p * value_scales[here][None]).astype(query.dtype)
+        v = _numbers(values[here], bits, query.dtype)
+        added = [jnp.dot(mass, b, preferred_element_type=jnp.float32) for b in v]
+        sums = [a * fade[:, None] + b for a, b in zip(sums, added, strict=True)]
+        return new, total * fade + jnp.sum(p, axis=1), sums
+
+    zero = [jnp.zeros((rows, width), jnp.float32) for _ in range(fields)]
+    start = (
+        jnp.full((rows,), LOWEST, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        zero,
+    )
+    steps = jnp.clip(lax.div(left + (tokens - 1), tokens), 0, per // tokens)
+    top, total, sums = lax.fori_loop(0, steps, step, start)
+    total = jnp.maximum(total, jnp.float32(1e-30))
+    for i, part in enumerate(sums):
+        out[:, pl.ds(i * width, width)] = part / total[:, None]
+    weight[...] = top + jnp.log(total)
+
+
+def _numbers(codes: jax.Array, bits: int, dtype: Any) -> list[jax.Array]:
+    """Return bytes ``[tokens, c]`` as exact numbers, an array per field."""
+    wide = codes.astype(jnp.uint16)
+    magic, less = (0x4300, 136.0) if dtype == jnp.bfloat16 else (0x6400, 1032.0)
+    number = lambda word: lax.bitcast_convert_type(word | jnp.uint16(magic), dtype)
+    if bits == 4:
+        fields = wide & jnp.uint16(15), wide >> jnp.uint16(4)
+        return [number(field) - jnp.asarray(less, dtype) for field in fields]
+    if dtype == jnp.float16:
+        return [number(wide ^ jnp.uint16(0x80)) - jnp.asarray(1152.0, dtype)]
+    low, sign = wide & jnp.uint16(0x7F), wide & jnp.uint16(0x80)
+    return [number(low) - number(sign)]
+
+
+def reference(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    key_scales: jax.Array,
+    value_scales: jax.Array,
+    lengths: jax.Array,
+    *,
+    bits: int,
+) -> jax.Array:
+    """Return the same in float32 and plain jnp."""
+
+    def numbers(codes: jax.Array, scales: jax.Array) -> jax.Array:
+        if bits == 8:
+            value = lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
+        else:
+            both = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+            value = both.astype(jnp.float32) - 8
+        return value * scales[..., None]
+
+    k, v = numbers(keys, key_scales), numbers(values, value_scales)
+    score = jnp.einsum("bhgd,bhsd->bhgs", q.astype(jnp.float32), k)
+    score = score * math.sqrt(1 / q.shape[-1])
+    inside = jnp.arange(k.shape[2]) < lengths[:, None, None, None]
+    share = jax.nn.softmax(jnp.where(inside, score, -jnp.inf), axis=-1)
+    return jnp.einsum("bhgs,bhsd->bhgd", share, v)

@@ -1,0 +1,197 @@
+"""Float activations times packed weights on Ampere and Ada, through Pallas-Triton.
+
+The layout and the unpacking are Hopper's (`weight_only`); Triton copies through its own
+pipeline and chooses its own tensor core instructions. JAX has deprecated this backend
+since 0.11, and still ships it in 0.12; its successor for these GPUs, `plgpu.mma` of
+Mosaic GPU, does not exist before 0.11.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
+
+from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed, unsigned
+from pallas_kernels.gpu.layout import WORDS, matrix, words_of
+from pallas_kernels.gpu.mosaic import Unpacked, by_arrays, stacked, wide
+from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
+from pallas_kernels.gpu.unpack import Floats
+from pallas_kernels.gpu.weight_only import ANY, split, weight_only_declines
+from pallas_kernels.gpu.words import assemble
+from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+
+
+def triton_weight_only(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None = None,
+    layer: jax.Array | None = None,
+    *,
+    coding: Coding,
+    group: int,
+    tile: Tile,
+    parts: int = 2,
+    out_dtype: DTypeLike | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Return ``x @ ((value(codes) − zeros) · scales)``.
+
+    Args:
+        x: ``[M, K']``, bfloat16, float16 or float32, K' ≤ K.
+        codes: uint16 ``[slabs, 32 N]`` (see `layout`), ``[L, ...]`` with a layer.
+        scales: float ``[groups, N]``; groups and N may be 1.
+        zeros: integers like ``scales``, or None.
+        layer: int32 scalar, or None.
+        coding: what codes stand for.
+        group: rows per scale.
+        tile: how to cut.
+        parts: bfloat16 parts of a float32 activation.
+        out_dtype: of the result; that of ``x`` by default.
+        interpret: whether to run on a CPU.
+
+    Returns:
+        ``[M, N]``.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    rows, columns = x.shape[0], matrix(codes.shape, coding)[1]
+    x = split(x, parts)
+    cut = Cut.of(x.shape[0], codes, scales.shape[-2], coding, group, tile)
+    arrays = [
+        cut.whole(x),
+        words_of(codes, cut.columns),
+        wide(stacked(scales, layer), columns, cut.columns),
+    ]
+    if zeros is not None:
+        arrays.append(wide(stacked(zeros, layer), columns, cut.columns))
+    arrays.append(jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1))
+    floats = Floats(coding, x.dtype.name, zeros is not None)
+    y = cut.call(functools.partial(_kernel, cut, floats, interpret), arrays, interpret)
+    y = jnp.sum(y, axis=0)[:columns, : x.shape[0]].T
+    return jnp.sum(y.reshape(-1, rows, columns), axis=0).astype(out_dtype)
+
+
+def _kernel(
+    cut: Cut,
+    floats: Floats,
+    interpret: bool,
+    x: Any,
+    words: Any,
+    scales: Any,
+    *rest: Any,
+) -> None:
+    """Sum one tile ``[columns, rows]`` of the result over a part of K."""
+    *zeros, index, out = rest
+    layer, first = index[0], pl.program_id(2) * cut.steps
+    blocks = cut.inner // cut.block.rows
+    planes = cut.run // WORDS
+
+    def step(i: Any, total: jax.Array) -> jax.Array:
+        block = first + i
+        start = (layer * blocks + block) * cut.block.slabs
+        numbers = _numbers(cut, floats, interpret, words, start)
+        for run in range(cut.block.rows // cut.run):
+            row = cut.scale_of(layer, block, run)
+            part = jnp.zeros(out.shape, jnp.float32)
+            for plane in range(run * planes, (run + 1) * planes):
+                w = numbers[plane]
+                for z in zeros:
+                    zero = z[row].astype(jnp.float32) + jnp.float32(floats.offset)
+                    w = w - zero.astype(w.dtype)[:, None]
+                here = pl.ds(block * cut.block.rows + plane * WORDS, WORDS)
+                part = part + by_rows(w, x[:, here], jnp.float32)
+            total = total + part * scales[row].astype(jnp.float32)[:, None]
+        return total
+
+    out[...] = lax.fori_loop(0, cut.steps, step, jnp.zeros(out.shape, jnp.float32))
+
+
+def _numbers(
+    cut: Cut, floats: Floats, interpret: bool, words: Any, start: Any
+) -> list[jax.Array]:
+    """Unpack a block: ``[columns, 32]`` per plane."""
+    chunk = 4 if floats.coding.kind == "table" else 1
+    slabs = [words[start + slab] for slab in range(cut.block.slabs)]
+    found: list[jax.Array] = []
+    for first in range(0, cut.block.planes, chunk):
+        planes = range(first, first + chunk)
+        program = lambda m, w, planes=planes: floats.program(m, w, planes)
+        mine = [slabs[s] for s in floats.slabs(planes)]
+        if interpret:
+            found += by_arrays(program, mine, Unpacked(floats.dtype, chunk, 1))
+        else:
+            found += _by_assembly(program, mine, chunk, floats.dtype)
+    return found
+
+
+def _by_assembly(
+    program: Any, words: Sequence[jax.Array], count: int, dtype: str
+) -> Sequence[jax.Array]:
+    assembly = assemble(program, len(words), count)
+    result = jax.ShapeDtypeStruct(words[0].shape, jnp.dtype(dtype))
+    return triton.elementwise_inline_asm(
+        assembly.text,
+        args=list(words),
+        constraints=assembly.constraints,
+        pack=2,
+        result_shape_dtypes=[result] * count,
+    )
+
+
+TILES = (
+    TileRow("*", 16, Tile(16, 64, 1, 4, 4)),
+    TileRow("*", 32, Tile(32, 64, 1, 4, 4)),
+    TileRow("*", 64, Tile(64, 64, 1, 4, 3)),
+    TileRow("*", ANY, Tile(128, 64, 1, 4, 3)),
+    TileRow("*", ANY, Tile(16, 128, 1, 4, 4)),
+    TileRow("*", ANY, Tile(16, 64, 4, 4, 4)),
+    TileRow("*", ANY, Tile(64, 128, 1, 8, 3)),
+)
+
+CASES = (
+    Case("w4 g128", 16, 512, 128, signed(4), 128),
+    Case("w4 g32 zeros, float16", 5, 256, 64, unsigned(4), 32, True, dtype="float16"),
+    Case(
+        "w4 channel, stacked, float32", 3, 256, 64, signed(4), None, True, 2, "float32"
+    ),
+    Case("w3 g128, odd", 9, 512, 72, signed(3), 128),
+    Case("w8 channel", 8, 256, 64, INT8),
+    Case("nf4 g64", 16, 256, 64, NF4, 64),
+    Case("fp8 channel", 8, 128, 64, FP8),
+    Case("w4 g128, many rows", 130, 256, 64, signed(4), 128, zeros=True),
+)
+
+
+def declines(p: Problem) -> str | None:
+    """Return why the kernel does not take a problem, or None."""
+    return weight_only_declines(p)
+
+
+def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
+    """Run on the operands of a problem."""
+    return triton_weight_only(
+        a.x,
+        a.codes,
+        a.scales,
+        a.zeros,
+        a.layer,
+        coding=p.coding,
+        group=p.group,
+        tile=tile,
+        parts=3 if p.precise else 2,
+        out_dtype=p.out_dtype,
+        interpret=bool(interpret),
+    )
+
+
+GENERATIONS = ("sm_80", "sm_86", "sm_89")
+
+KERNEL = Kernel(
+    "gpu.triton_weight_only", "gpu", GENERATIONS, "gpu", declines, run, TILES
+)
