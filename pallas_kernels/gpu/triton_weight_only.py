@@ -116,32 +116,29 @@ def _numbers(
     cut: Cut, floats: Floats, interpret: bool, words: Any, start: Any
 ) -> list[jax.Array]:
     """Unpack a block: ``[columns, 32]`` per plane."""
-    chunk = 4 if floats.coding.kind == "table" else 1
     slabs = [words[start + slab] for slab in range(cut.block.slabs)]
     found: list[jax.Array] = []
-    for first in range(0, cut.block.planes, chunk):
-        planes = range(first, first + chunk)
-        program = lambda m, w, planes=planes: floats.program(m, w, planes)
-        mine = [slabs[s] for s in floats.slabs(planes)]
+    for plane in range(cut.block.planes):
+        program = lambda m, w, plane=plane: floats.program(m, w, [plane])
+        mine = [slabs[s] for s in floats.slabs([plane])]
         if interpret:
-            found += by_arrays(program, mine, Unpacked(floats.dtype, chunk, 1))
+            found += by_arrays(program, mine, Unpacked(floats.dtype, 1, 1))
         else:
-            found += _by_assembly(program, mine, chunk, floats.dtype)
+            found.append(_by_assembly(program, mine, floats.dtype))
     return found
 
 
-def _by_assembly(
-    program: Any, words: Sequence[jax.Array], count: int, dtype: str
-) -> Sequence[jax.Array]:
-    assembly = assemble(program, len(words), count)
-    result = jax.ShapeDtypeStruct(words[0].shape, jnp.dtype(dtype))
-    return triton.elementwise_inline_asm(
+def _by_assembly(program: Any, words: Sequence[jax.Array], dtype: str) -> jax.Array:
+    """Run a program with one result; what two of them share, ptxas finds."""
+    assembly = assemble(program, len(words), 1)
+    (result,) = triton.elementwise_inline_asm(
         assembly.text,
         args=list(words),
         constraints=assembly.constraints,
         pack=2,
-        result_shape_dtypes=[result] * count,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words[0].shape, jnp.dtype(dtype))],
     )
+    return result
 
 
 TILES = (

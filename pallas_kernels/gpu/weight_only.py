@@ -238,9 +238,10 @@ def weight_only_declines(p: Problem) -> str | None:
 TILES = (
     TileRow("sm_90", 8, Tile(8, 2, 256, 6)),
     TileRow("sm_90", 16, Tile(16, 2, 256, 6)),
-    TileRow("sm_90", 32, Tile(32, 2, 256, 5)),
+    TileRow("sm_90", 32, Tile(32, 2, 512, 3)),
     TileRow("sm_90", ANY, Tile(64, 2, 128, 5)),
     TileRow("sm_90", ANY, Tile(8, 2, 128, 8)),
+    TileRow("sm_90", ANY, Tile(16, 1, 256, 8)),
     TileRow("sm_90", ANY, Tile(16, 4, 256, 4)),
     TileRow("sm_90", ANY, Tile(16, 2, 256, 6, splits=2)),
     TileRow("sm_90", ANY, Tile(16, 2, 256, 6, splits=4)),
