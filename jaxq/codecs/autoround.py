@@ -31,7 +31,7 @@ def read(config: Mapping[str, Any], source: Source) -> Reader:
         UnsupportedError: the packing is one that is not known.
     """
     packing = config.get("packing_format", "auto_round:auto_gptq")
-    if packing not in PACKINGS:
+    if not isinstance(packing, str) or packing not in PACKINGS:
         raise UnsupportedError(
             f"quantization_config: packing_format is {shorten(packing)}; known are "
             f"{', '.join(PACKINGS)}"

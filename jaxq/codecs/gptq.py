@@ -160,7 +160,7 @@ def read(config: Mapping[str, Any], source: Source) -> GPTQReader:
         UnsupportedError: the layout is one that is not known.
     """
     stored = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if stored not in FORMATS:
+    if not isinstance(stored, str) or stored not in FORMATS:
         raise UnsupportedError(
             f"quantization_config: checkpoint_format is {shorten(stored)}; "
             f"{' and '.join(FORMATS)} are read, layouts for one kernel are not"

@@ -117,6 +117,8 @@ class SafetensorsSource:
         return out
 
     def _entry(self, name: str) -> Entry:
+        if name not in self.headers:
+            raise missing(name)
         return self.headers[name].entries[name]
 
 
@@ -162,10 +164,7 @@ def check(
 ) -> None:
     """Raise `CheckpointError` unless the tensor has such a dtype and such a shape."""
     if name not in source:
-        raise CheckpointError(
-            f"there is no {name!r}, though other parts of the same weight are there; "
-            "the checkpoint is incomplete, or of another format than its config says"
-        )
+        raise missing(name)
     dtype, shape = source.entry(name)
     if dtype not in dtypes:
         raise CheckpointError(
@@ -176,6 +175,14 @@ def check(
         raise CheckpointError(
             f"{source.where(name)} has the shape {shape}; config.json makes it {wanted}"
         )
+
+
+def missing(name: str) -> CheckpointError:
+    """Return what to raise where a part of a weight is missing."""
+    return CheckpointError(
+        f"there is no {name!r}, though other parts of the same weight are there; the "
+        "checkpoint is incomplete, or of another format than its config says"
+    )
 
 
 def scalar(source: Source, name: str, dtypes: tuple[str, ...]) -> Any:
