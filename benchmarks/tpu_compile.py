@@ -32,19 +32,21 @@ class Chip:
         bandwidth: of the memory, bytes per second and core.
         clock: of the core; inferred from the peak rate and the size of its units.
         peak: bfloat16 operations per second and core.
+        doubled: the dtypes that it multiplies twice as fast.
     """
 
     topology: str
     bandwidth: float
     clock: float
     peak: float
+    doubled: tuple[str, ...]
 
 
 CHIPS = {
-    "v5e": Chip("v5e:2x2", 819e9, 1.5e9, 197e12),
-    "v5p": Chip("v5p:2x2x1", 2765e9 / 2, 1.75e9, 459e12 / 2),
-    "v6e": Chip("v6e:2x2", 1640e9, 1.75e9, 918e12),
-    "v7x": Chip("tpu7x:2x2x1", 7380e9 / 2, 2.2e9, 2307e12 / 2),
+    "v5e": Chip("v5e:2x2", 819e9, 1.5e9, 197e12, ("int8",)),
+    "v5p": Chip("v5p:2x2x1", 2765e9 / 2, 1.75e9, 459e12 / 2, ("int8",)),
+    "v6e": Chip("v6e:2x2", 1640e9, 1.75e9, 918e12, ("int8",)),
+    "v7x": Chip("tpu7x:2x2x1", 7380e9 / 2, 2.2e9, 2307e12 / 2, ("float8_e4m3fn",)),
 }
 
 

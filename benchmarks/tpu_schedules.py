@@ -85,9 +85,9 @@ class Estimate:
         schedule: the body of the grid loop.
         steps: of the grid.
         weight_clocks: that the memory needs for a step's elements.
-        seconds: the larger of both, for the whole product.
-        roof: the least that memory and matrix unit allow: bytes of elements and scales
-            over bandwidth, bfloat16 operations over peak.
+        seconds: that all steps issue, or the roof where that is later.
+        roof: the least that memory and matrix unit allow: bytes of the weight over
+            bandwidth, operations over the peak of their dtype.
     """
 
     schedule: Schedule
@@ -127,11 +127,14 @@ def estimate(product: Product, generation: str) -> Estimate:
     )
     bits = _bits(product.weight)
     clocks = geometry.k * geometry.n * bits / 8 / chip.bandwidth * chip.clock
-    steps = math.prod(geometry.grid)
-    seconds = steps * max(schedule.bundles, clocks) / chip.clock
     nbytes = SIZE * SIZE * bits / 8
-    nbytes += math.prod(groups) * jnp.dtype(product.scale).itemsize
-    roof = max(nbytes / chip.bandwidth, 2 * rows * SIZE * SIZE / chip.peak)
+    nbytes += (
+        math.prod(groups) * jnp.dtype(product.scale).itemsize * (1 + product.zeros)
+    )
+    peak = chip.peak * (2 if product.rounded in chip.doubled else 1)
+    roof = max(nbytes / chip.bandwidth, 2 * rows * SIZE * SIZE / peak)
+    steps = math.prod(geometry.grid)
+    seconds = max(steps * schedule.bundles / chip.clock, roof)
     return Estimate(schedule, steps, clocks, seconds, roof)
 
 
@@ -194,8 +197,9 @@ def tables() -> Iterator[Table]:
 
 
 ABOUT = """\
-TPU: `bundles` are the clocks that one grid step issues, conditional parts included;
-`memory` the clocks in which the chip's memory delivers the step's weights (or its part
-of the cache). The larger one, times the steps, is `us` for K = N = 8192; `% of roof`
-compares it with bytes over bandwidth or bfloat16 operations over peak, `/ bf16` with
-the same product of bfloat16 weights in the same kernel, compiled for the same chip."""
+TPU: `bundles` are the clocks that one grid step issues, conditional parts included, the
+waiting of the matrix unit not; `memory` the clocks in which the chip's memory delivers
+the step's elements (or its part of the cache). `us` is for K = N = 8192: what all steps
+issue, or the roof, whichever is later. The roof is the bytes of the weight, scales
+included, over bandwidth, or operations over the peak of their dtype; `/ bf16` compares
+with bfloat16 weights in the same kernel, for the same chip."""

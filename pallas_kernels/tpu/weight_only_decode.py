@@ -24,7 +24,12 @@ from pallas_kernels.tpu.layout import stored
 
 MOST_ROWS = 128  # beyond, scaling partial sums costs more than scaling weights
 
-TILES = (TileRow("*", MOST_ROWS, Tile(128, 1024, 4096)),)
+TILES = (
+    TileRow("*", MOST_ROWS, Tile(128, 1024, 4096)),
+    TileRow("*", MOST_ROWS, Tile(128, 512, 8192)),
+    TileRow("*", MOST_ROWS, Tile(128, 512, 4096)),
+    TileRow("*", MOST_ROWS, Tile(128, 2048, 2048)),
+)
 
 
 def weight_only_decode(
@@ -39,7 +44,7 @@ def weight_only_decode(
     bias: jax.Array | None = None,
     input_scale: jax.Array | None = None,
     epilogue: str | None = None,
-    tile: Tile = TILES[-1].tile,
+    tile: Tile = TILES[0].tile,
     out_dtype: DTypeLike | None = None,
     interpret: Any = False,
 ) -> jax.Array:
