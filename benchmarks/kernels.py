@@ -161,18 +161,22 @@ def weight_bytes(p: Problem) -> int:
     )
 
 
-def each_layer(module: Any, p: Problem, tile: Any) -> Callable[..., Any]:
+def each_layer(module: Any, p: Problem, tile: Any) -> Callable[..., list[jax.Array]]:
     """Return a function that multiplies with one layer of a stack after the other."""
-
-    def go(a: Operands) -> list[jax.Array]:
-        layers = range(p.layers or 1)
-        at = lambda i: a if p.layers is None else dataclasses.replace(a, layer=i)
-        return [module.run(p, at(jnp.int32(i)), tile, None) for i in layers]
-
     names = [f.name for f in dataclasses.fields(Operands)]
-    return jax.jit(
-        lambda *arrays: go(Operands(**dict(zip(names, arrays, strict=True))))
-    )
+
+    @jax.jit  # inside the other: a kernel is lowered once, not once per layer
+    def one(arrays: Sequence[Any], layer: jax.Array | None) -> jax.Array:
+        a = Operands(**dict(zip(names, arrays, strict=True)))
+        return module.run(p, dataclasses.replace(a, layer=layer), tile, None)
+
+    @jax.jit
+    def every(*arrays: Any) -> list[jax.Array]:
+        if p.layers is None:
+            return [one(arrays, None)]
+        return [one(arrays, jnp.int32(i)) for i in range(p.layers)]
+
+    return every
 
 
 def arrays_of(a: Operands) -> list[Any]:

@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.gpu.triton_grid import LEAST, by_rows
+from pallas_kernels.gpu.unpack import CacheFloats
+from pallas_kernels.gpu.words import Arrays, assemble
 
 LOWEST = -1e30
 
@@ -147,7 +149,7 @@ def decode_attention(
     )
     scale = pl.BlockSpec((None, None, per), lambda b, h, j: (b, h, j))
     out, weight = pl.pallas_call(
-        functools.partial(_kernel, bits, tile.tokens, per),
+        functools.partial(_kernel, bits, tile.tokens, per, interpret),
         grid=(batch, heads, parts),
         in_specs=[
             pl.BlockSpec((None, None, rows, channels), lambda b, h, j: (b, h, 0, 0)),
@@ -177,6 +179,7 @@ def _kernel(
     bits: int,
     tokens: int,
     per: int,
+    interpret: bool,
     q: Any,
     keys: Any,
     values: Any,
@@ -198,7 +201,7 @@ def _kernel(
     def step(i: Any, carry: Any) -> Any:
         top, total, sums = carry
         here = pl.ds(i * tokens, tokens)
-        k = _numbers(keys[here], bits, query.dtype)
+        k = _numbers(keys[here], bits, query.dtype, interpret)
         pairs = zip(queries, k, strict=True)
         score = sum(by_rows(a, b, jnp.float32) for a, b in pairs)
         score = score * key_scales[here][None]
@@ -207,7 +210,7 @@ def _kernel(
         new = jnp.maximum(top, jnp.max(score, axis=1))
         fade, p = jnp.exp(top - new), jnp.exp(score - new[:, None])
         mass = (p * value_scales[here][None]).astype(query.dtype)
-        v = _numbers(values[here], bits, query.dtype)
+        v = _numbers(values[here], bits, query.dtype, interpret)
         added = [jnp.dot(mass, b, preferred_element_type=jnp.float32) for b in v]
         sums = [a * fade[:, None] + b for a, b in zip(sums, added, strict=True)]
         return new, total * fade + jnp.sum(p, axis=1), sums
@@ -226,18 +229,34 @@ def _kernel(
     weight[...] = top + jnp.log(total)
 
 
-def _numbers(codes: jax.Array, bits: int, dtype: Any) -> list[jax.Array]:
+def _numbers(
+    codes: jax.Array, bits: int, dtype: Any, interpret: bool
+) -> list[jax.Array]:
     """Return bytes ``[tokens, c]`` as exact numbers, an array per field."""
-    wide = codes.astype(jnp.uint16)
-    magic, less = (0x4300, 136.0) if dtype == jnp.bfloat16 else (0x6400, 1032.0)
-    number = lambda word: lax.bitcast_convert_type(word | jnp.uint16(magic), dtype)
-    if bits == 4:
-        fields = wide & jnp.uint16(15), wide >> jnp.uint16(4)
-        return [number(field) - jnp.asarray(less, dtype) for field in fields]
-    if dtype == jnp.float16:
-        return [number(wide ^ jnp.uint16(0x80)) - jnp.asarray(1152.0, dtype)]
-    low, sign = wide & jnp.uint16(0x7F), wide & jnp.uint16(0x80)
-    return [number(low) - number(sign)]
+    floats = CacheFloats(bits, jnp.dtype(dtype).name)
+    return [
+        _field(functools.partial(floats.program, field=field), codes, dtype, interpret)
+        for field in range(8 // bits)
+    ]
+
+
+def _field(program: Any, codes: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
+    """Run a program that makes two words of 16-bit floats of four bytes."""
+    if interpret:
+        fours = codes.reshape(codes.shape[0], -1, 4)
+        words = [lax.bitcast_convert_type(fours, jnp.uint32)]
+        found = jnp.stack(program(Arrays(), words), axis=-1)
+        halves = lax.bitcast_convert_type(found, jnp.uint16)
+        return lax.bitcast_convert_type(halves, dtype).reshape(codes.shape)
+    assembly = assemble(program, 1, 2)
+    (result,) = triton.elementwise_inline_asm(
+        assembly.text,
+        args=[codes],
+        constraints=assembly.constraints,
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, dtype)],
+    )
+    return result
 
 
 def reference(

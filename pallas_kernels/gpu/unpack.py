@@ -188,6 +188,39 @@ class Bytes:
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class CacheFloats:
+    """How four bytes of a cache become four 16-bit floats.
+
+    A byte is put under the exponent of a float by one `prmt`; see the module.
+
+    Attributes:
+        bits: 8 (two's complement), or 4 (``value + 8``, two to a byte).
+        dtype: ``"bfloat16"`` or ``"float16"``.
+    """
+
+    bits: int
+    dtype: str
+
+    def program(self, m: Machine, words: Sequence[Word], field: int) -> list[Word]:
+        """Return two words of numbers, from field 0 or 1 of every byte."""
+        (word,) = words
+        if self.bits == 4:
+            word = m.lop3(m.shift(word, 4 * field), _four(0x0F), 0, AND_OR)
+        bits, magic = MAGIC[self.dtype]
+        # bytes 0 and 1, then 2 and 3, each below the high byte of a float
+        raised = [m.prmt(word, bits >> 8, pick) for pick in (0x4140, 0x4342)]
+        if self.bits == 4:
+            return [m.fma2(a, 1.0, -8.0 - magic, self.dtype) for a in raised]
+        if self.dtype == "float16":
+            turned = [m.lop3(a, _four(0xFF), twice(0x80), AND_XOR) for a in raised]
+            return [m.fma2(a, 1.0, -128.0 - magic, self.dtype) for a in turned]
+        low = [m.lop3(a, twice(0xFF7F), 0, AND_OR) for a in raised]
+        minus = [m.lop3(a, twice(0xFF80), twice(0x8000), AND_XOR) for a in raised]
+        pairs = zip(low, minus, strict=True)
+        return [m.fma2(a, 1.0, b, self.dtype) for a, b in pairs]
+
+
 def _four(byte: int) -> int:
     """Return the word with the same byte four times."""
     return byte * 0x01010101

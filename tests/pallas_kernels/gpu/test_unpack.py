@@ -143,6 +143,23 @@ def test_bytes_are_int8_in_the_order_of_permuted(rng, name, zeros):
     np.testing.assert_array_equal(int8, order)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cache_bytes_are_exact_numbers(bits, dtype):
+    """All 256 bytes."""
+    every = jnp.arange(256, dtype=jnp.uint8)
+    fours = lax.bitcast_convert_type(every.reshape(64, 4), jnp.uint32)
+    floats = unpack.CacheFloats(bits, dtype)
+    fields = [every & 15, every >> 4] if bits == 4 else [every]
+    for field, codes in enumerate(fields):
+        found = jnp.stack(floats.program(words.Arrays(), [fours], field), axis=-1)
+        halves = lax.bitcast_convert_type(found, jnp.uint16)
+        numbers = lax.bitcast_convert_type(halves, jnp.dtype(dtype)).reshape(-1)
+        signed = np.asarray(codes).view(np.int8)
+        expected = signed.astype(np.float32) - (8 if bits == 4 else 0)
+        np.testing.assert_array_equal(numbers.astype(jnp.float32), expected)
+
+
 def test_prmt_picks_bytes_and_signs():
     m = words.Arrays()
     picked = m.prmt(0x83828180, 0x07060504, 0x7C30)
