@@ -65,7 +65,7 @@ class EncoderDecoder(Model):
             made.append(token)
             if len(made) < targets.shape[1]:
                 targets[0, len(made)] = token
-        return self._need_tokenizer().decode(made)
+        return self.decode(made)
 
 
 def _power(number: int) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,6 @@ class LM(Model):
             ValueError: when the model has no tokenizer.
         """
         return self.tokens_of(text)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, special ones left out.
-
-        Raises:
-            ValueError: when the model has no tokenizer.
-        """
-        return self._need_tokenizer().decode(list(map(int, tokens)))
 
     def generate(
         self,

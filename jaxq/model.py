@@ -112,6 +112,14 @@ class Model:
         """
         return np.asarray(self._need_tokenizer().encode(text).ids, np.int32)
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones left out.
+
+        Raises:
+            ValueError: when the model has no tokenizer.
+        """
+        return self._need_tokenizer().decode(list(map(int, tokens)))
+
     def inputs(self, tokens: jax.Array) -> tuple[jax.Array, ...]:
         """Return what ``apply`` takes for texts, ``int32[sequences, tokens]``."""
         return (tokens,)

@@ -18,9 +18,10 @@ GROUP = 64
 
 _ROWS = QuantSpec("int8", "channel")
 _KEPT = (
-    Rule("re:(.*/)?(router|gate|[^/]*_router)(/.*)?", required=False),
+    Rule("re:(.*/)?(router|gate|[^/]*_router|[^/]*expert_gate)(/.*)?", required=False),
+    Rule("re:(.*/)?relative_attention_bias(/.*)?", required=False),
     Rule("*", _ROWS, ops=("gather",), required=False),
-    Rule("re:(.*/)?(lm_head|head|unembed)(/.*)?", _ROWS, required=False),
+    Rule("re:(.*/)?(lm_head|head|unembed|embed_out)(/.*)?", _ROWS, required=False),
 )
 
 

@@ -81,6 +81,7 @@ def test_quantized_vectors_stay_near(model, tmp_path):
     np.testing.assert_array_equal(again.encode(TEXTS), small.encode(TEXTS))
 
 
+@pytest.mark.slow
 def test_calibrated_recipes_take_texts(model):
     small = model.quantize("w4a16-gptq", calibration=TEXTS * 4, group_size=16)
     rows = [row for row in small.evidence.values() if row["loss"] is not None]

@@ -20,6 +20,8 @@ from jaxq.qtensor import QTensor
 from jaxq.solvers import SOLVERS
 from jaxq.solvers.base import Statistics
 
+UNPAIRED = "the drift of its activation is not known: tokens are sorted by expert"
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -66,7 +68,10 @@ def solve_group(
         for key, task in todo.items():
             outcome = _solve_one(task, seen, changes[key], stream, places[0])
             seconds = outcome.evidence.seconds + spent
-            evidence = dataclasses.replace(outcome.evidence, seconds=seconds)
+            unpaired = floats is not None and meetings[0].product.groups > 0
+            evidence = dataclasses.replace(
+                outcome.evidence, seconds=seconds, note=UNPAIRED if unpaired else None
+            )
             out[key] = dataclasses.replace(outcome, evidence=evidence)
     return out
 

@@ -9,7 +9,6 @@ from safetensors.numpy import load_file
 from jaxq.checkpoints.huggingface import write_folder
 from jaxq.huggingface import load_huggingface
 from jaxq.models import FAMILIES, empty_cache
-from jaxq.models.family import CAUSAL
 from tests.models.seeded import CASES, SEEDED, stored_config, write_seeded
 
 # Both sides compute in float32 and sum in different orders; see test_llama.
@@ -33,8 +32,8 @@ def load(tmp_path_factory):
     return make
 
 
-def causal_cases():
-    return [name for name, (row, _) in CASES.items() if FAMILIES[row].kind == CAUSAL]
+def slowly(name):
+    return pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -55,18 +54,23 @@ def test_outputs_equal_transformers(load, name):
     "name",
     [
         "mixtral_windowed",
-        "qwen2_moe_mixed",
-        "qwen3_moe",
-        "gemma2",
         "gemma3",
-        "phi3",
         "gpt2",
-        "opt",
-        "gpt_neox",
         "bloom",
-        "falcon_7b",
-        "falcon_40b",
-        "falcon_rw",
+        *map(
+            slowly,
+            (
+                "qwen2_moe_mixed",
+                "qwen3_moe",
+                "gemma2",
+                "phi3",
+                "opt",
+                "gpt_neox",
+                "falcon_7b",
+                "falcon_40b",
+                "falcon_rw",
+            ),
+        ),
     ],
 )
 def test_reading_in_pieces_with_a_cache_equals_reading_at_once(load, name):
@@ -83,7 +87,7 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(load, name):
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("name", ["mixtral", "bloom", *map(slowly, ("gpt2", "opt"))])
 def test_padding_changes_nothing(load, name):
     model, apply, stored = load(name)
     tokens = jnp.asarray(stored["tokens"][:, :24])
