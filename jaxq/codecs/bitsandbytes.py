@@ -170,12 +170,14 @@ class BitsAndBytesReader:
         whole = shape[1] % state.blocksize == 0
         grid = (shape[0], per_row) if whole else (1, blocks)
         if state.nested is None:
-            found = need(self.source, f"{name}.absmax", ("F32",), (blocks,))
-            return found.reshape(grid)
-        codes = need(self.source, f"{name}.absmax", ("U8",), (blocks,)).reshape(grid)
+            # transformers may save them as a matrix, in the model's dtype
+            found = self._flat(f"{name}.absmax", FLOATS, blocks)
+            return found.astype(np.float32).reshape(grid)
+        codes = self._flat(f"{name}.absmax", ("U8",), blocks).reshape(grid)
         book = need(self.source, f"{name}.nested_quant_map", ("F32",), (256,))
         many = -(-blocks // state.nested)
-        outer = need(self.source, f"{name}.nested_absmax", ("F32",), (many,))
+        outer = self._flat(f"{name}.nested_absmax", FLOATS, many)
+        outer = outer.astype(np.float32)
         block = _rectangle(grid, state.nested)
         usual = _same_table(FORMATS["dynamic8"], book)
         offset = np.float32(state.offset)
@@ -193,6 +195,17 @@ class BitsAndBytesReader:
             np.dtype("float32"),
             offset=np.full((1, 1), offset),
         )
+
+    def _flat(self, name: str, dtypes: tuple[str, ...], count: int) -> np.ndarray:
+        """Return a tensor of ``count`` numbers, whatever its shape."""
+        check(self.source, name, dtypes)
+        shape = self.source.entry(name)[1]
+        if math.prod(shape) != count:
+            raise CheckpointError(
+                f"{self.source.where(name)} has the shape {shape}; config.json makes "
+                f"it {count} numbers"
+            )
+        return self.source.read(name).reshape(-1)
 
     def _state(self, name: str, shape: tuple[int, int]) -> State:
         kinds = [kind for kind in KINDS if f"{name}.{STATE}{kind}" in self.source]
