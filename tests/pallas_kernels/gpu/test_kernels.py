@@ -26,12 +26,10 @@ TRITON = (triton_weight_only, triton_quantized_activation)
 # Interpreting takes seconds per case: these few always run, the rest when asked for.
 ALWAYS = {
     (weight_only, "w4 g128 zeros"),
-    (weight_only, "w4 g32, stacked, float32"),
     (weight_only_prefill, "w4 g32, float16"),
     (quantized_activation, "w8a8, odd, stacked"),
     (quantized_activation, "w4a8 g128 zeros"),
     (triton_weight_only, "w4 g128"),
-    (triton_weight_only, "w4 g32 zeros, float16"),
     (triton_quantized_activation, "w4a8 g128 zeros"),
 }
 

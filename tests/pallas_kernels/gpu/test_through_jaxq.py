@@ -1,0 +1,90 @@
+"""GPU kernels as `jaxq.quantized` reaches them: relaid weights, a scan, the choice."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxq
+from jaxq import QuantSpec
+from pallas_kernels.target import Target
+from tests import private_jax
+
+HOPPER = Target("gpu", "sm_90", interpret=private_jax.gpu_interpreter())
+AMPERE = Target("gpu", "sm_80", interpret=True)
+INT8 = QuantSpec("int8", "token")
+
+
+def weight(rng, spec, shape=(512, 64), **options):
+    w = rng.standard_normal(shape).astype(np.float32) / 16
+    return jaxq.quantize(jnp.asarray(w), spec, **options)
+
+
+def rows(rng, n, inner):
+    return jnp.asarray(rng.standard_normal((n, inner)), jnp.bfloat16)
+
+
+def product(w, x):
+    return x @ w.astype(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec("int4", 32),
+        QuantSpec("uint3", 128, symmetric=False),
+        QuantSpec("nf4", 64),
+    ],
+    ids=lambda spec: spec.describe(),
+)
+def test_relayout_there_and_back_is_the_same_tensor(rng, spec):
+    q = weight(rng, spec)
+    moved = jaxq.relayout(q, "gpu")
+    assert (moved.layout, moved.shape, moved.nbytes) == ("gpu", q.shape, q.nbytes)
+    np.testing.assert_array_equal(moved.dequantize(), q.dequantize())
+    back = jaxq.relayout(moved, "planar")
+    assert jax.tree.structure(back) == jax.tree.structure(q)
+    jax.tree.map(np.testing.assert_array_equal, back, q)
+
+
+def test_weight_that_does_not_fill_blocks_stays_planar(rng):
+    q = weight(rng, QuantSpec("int4", 32), (96, 64))
+    moved = jaxq.relayout_params({"w": q}, HOPPER)
+    assert moved["w"].layout == "planar"
+
+
+@pytest.mark.parametrize(
+    ("target", "n", "activation", "kernel"),
+    [
+        (HOPPER, 4, None, "gpu.weight_only"),
+        (HOPPER, 65, None, "gpu.weight_only_prefill"),
+        (HOPPER, 4, INT8, "gpu.quantized_activation"),
+        (AMPERE, 4, None, "gpu.triton_weight_only"),
+        (AMPERE, 4, INT8, "gpu.triton_quantized_activation"),
+    ],
+)
+def test_who_takes_what(rng, target, n, activation, kernel):
+    q = jaxq.relayout(weight(rng, QuantSpec("int4", 128)), "gpu")
+    q = dataclasses.replace(q, activation=activation)
+    (found,) = jaxq.explain(product, q, rows(rng, n, 512), target=target)
+    assert found.choice.kernel == kernel
+
+
+def test_scan_over_relaid_layers_is_the_float_function(rng):
+    spec = QuantSpec("uint4", 64, symmetric=False)
+    q = weight(rng, spec, (2, 128, 128), stacked=(0,))
+    x = rows(rng, 5, 128)
+
+    def layers(w, x):
+        step = lambda x, w: (jnp.tanh(product(w, x)), None)
+        return jax.lax.scan(step, x, w)[0]
+
+    relaid = jaxq.relayout(q, "gpu")
+    explained = jaxq.explain(layers, relaid, x, target=HOPPER)
+    assert {row.choice.kernel for row in explained} == {"gpu.weight_only"}
+    y = jaxq.quantized(layers, target=HOPPER)(relaid, x)
+    expected = layers(q.dequantize(), x.astype(jnp.float32))
+    # tanh is rounded to bfloat16 twice
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=2.0**-6)
