@@ -23,7 +23,9 @@ from jaxq.pipeline.store import Store
 from jaxq.pipeline.stream import Stream
 from jaxq.solvers.autoround import Problem, Samples, Settings, tune
 
-STEP_TOKENS = 4096  # eight sequences of 512: fewer, and the gradient's sign is noise
+# On the demo model 4096 take 3.5 times as long and end no better (3 bits, KL .0307 to
+# .0303).
+STEP_TOKENS = 1024
 
 
 def tune_block(
