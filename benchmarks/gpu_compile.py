@@ -306,13 +306,24 @@ def _payloads(data: bytes) -> Iterator[bytes]:
     yield data
     at = 0
     while at < len(data) - 16:
-        found = _snappy(data, at)
-        # what only looks like a stream must not hide the true one, a few bytes on
-        if found and (_RIEGELI in found[0] or _complete(found[0])):
-            yield from _payloads(found[0])
-            at = found[1]
-        else:
+        if _stream(data, at) is None:
             at += 1
+            continue
+        # a few bytes before the true stream one may seem to begin, that soon ends
+        near = [_stream(data, at + i) for i in range(128)]
+        inside, at = max((s for s in near if s is not None), key=lambda s: s[1])
+        yield from _payloads(inside)
+
+
+def _stream(data: bytes, at: int) -> tuple[bytes, int] | None:
+    """Return what a compressed stream that begins here holds, and its end.
+
+    None where none begins, or none with a cubin or another file in it.
+    """
+    found = _snappy(data, at)
+    if found is None or not (_RIEGELI in found[0] or _complete(found[0])):
+        return None
+    return found
 
 
 def _snappy(data: bytes, at: int) -> tuple[bytes, int] | None:
