@@ -109,7 +109,7 @@ class BitsAndBytesWriter:
             "dtype": self.dtype.name,
             "shape": [columns, rows],
         }
-        tensors = {
+        tensors: Tensors = {
             name: ((flat[:, 0] << 4) | flat[:, 1])[:, None],
             # + 0.0: its own table has no minus zero
             f"{name}.quant_map": np.asarray(kind.table, np.float32) + np.float32(0),
