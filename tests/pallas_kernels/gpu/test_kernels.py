@@ -96,6 +96,7 @@ def test_triton_kernel_is_the_reference(module, case):
     check(module, case)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("splits", [2])
 def test_parts_of_k_add_up(splits):
     case = Case("split", 5, 1024, 64, signed(4), 128, zeros=True)
