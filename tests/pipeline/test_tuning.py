@@ -110,7 +110,7 @@ def test_awq_takes_the_scale_of_least_error_of_the_block(params, batches):
 
 @pytest.fixture(scope="module")
 def wide():
-    """Blocks with room between what GPTQ finds and the optimum; data, and other data."""
+    """Blocks where GPTQ leaves room for better ones; data, and other data."""
     rng = np.random.default_rng(2)
     draw = lambda *s: jnp.asarray(rng.normal(size=s) * s[0] ** -0.5, jnp.float32)
     layer = lambda: {"norm": 1 + draw(48), "up": draw(48, 96), "down": draw(96, 48)}
