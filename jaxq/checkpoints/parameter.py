@@ -12,6 +12,7 @@ from jaxq.checkpoints import strict_json
 from jaxq.checkpoints.dtypes import parse_dtype, storable
 from jaxq.checkpoints.errors import CorruptError, UnsupportedError
 from jaxq.qtensor import DATA_FIELDS, QTensor
+from jaxq.relayout import PLANAR
 from jaxq.spec import QuantSpec
 
 # What stands for a parameter: shapes and dtypes in place of arrays.
@@ -246,6 +247,15 @@ def _read_str(data: Mapping[str, Any], field: str, where: str) -> str:
     return strict_json.get(data, field, str, where)
 
 
+def _read_layout(data: Mapping[str, Any], field: str, where: str) -> str:
+    name = _read_str(data, field, where)
+    if name != PLANAR:
+        raise CorruptError(
+            f"{where}: {field} is {strict_json.shorten(name)}; files hold {PLANAR!r}"
+        )
+    return name
+
+
 def _read_dtype(data: Mapping[str, Any], field: str, where: str) -> np.dtype:
     return parse_dtype(_read_str(data, field, where), where)
 
@@ -260,5 +270,5 @@ STATIC_CODECS: dict[str, tuple[Callable[[Any], Any], Callable[..., Any]]] = {
     "block": (list, strict_json.get_sizes),
     "dtype": (lambda dtype: np.dtype(dtype).name, _read_dtype),
     "activation": (lambda spec: spec and spec.to_dict(), _read_optional_spec),
-    "layout": (str, _read_str),
+    "layout": (str, _read_layout),
 }

@@ -80,6 +80,7 @@ def save(  # noqa: PLR0913  one verb, and everything that a checkpoint may carry
     store = lookup(BACKENDS, backend, "backend")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
+    structure.flatten(params)  # refuses what is no tree before anything walks it
     params = canonical_params(params)
     leaves = structure.flatten(params)
     extras = extra_writers(config, extra_files or {})
