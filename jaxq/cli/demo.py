@@ -247,7 +247,6 @@ def _say_what_next(report: Path, sample: str) -> None:
         "  jaxq quantize demo -o small --recipe w4a16\n"
         "  jaxq eval small --text demo --reference demo\n"
         '  jaxq generate small --prompt "import "\n'
-        "  jaxq plan FOLDER --recipe nf4        [dim]for a Llama, Mistral or Qwen of "
-        "your own[/]",
+        "  jaxq plan FOLDER --recipe nf4        [dim]for a model of your own[/]",
         highlight=False,
     )
