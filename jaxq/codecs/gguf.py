@@ -53,7 +53,6 @@ KEYS = {
     "rope_theta": ("rope.freq_base", float),
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
-MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)

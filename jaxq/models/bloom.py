@@ -125,7 +125,7 @@ def read_bloom(keys: Keys) -> BloomConfig:
         ConfigError: something is missing, senseless or not implemented.
     """
     hidden = keys.size("hidden_size", keys.get("n_embed"))
-    layers = keys.size("n_layer", keys.get("num_hidden_layers"))
+    layers = keys.count("n_layer", keys.get("num_hidden_layers"))
     heads = keys.size("n_head", keys.get("num_attention_heads"))
     if hidden % heads:
         raise ConfigError(

@@ -166,7 +166,7 @@ def read_experts(keys: Keys, count: str, layers: int) -> dict[str, Any]:
     step = keys.size("decoder_sparse_step", 1)
     sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
     experts = {
-        "num_experts": keys.size(count),
+        "num_experts": keys.count(count),
         "per_token": keys.size("num_experts_per_tok"),
         "expert_size": keys.size("moe_intermediate_size"),
         "normalized": keys.flag("norm_topk_prob"),

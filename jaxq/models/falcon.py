@@ -166,7 +166,7 @@ def read_falcon(keys: Keys) -> FalconConfig:
     """
     hidden = keys.size("hidden_size", keys.get("n_embed"))
     heads = keys.size("num_attention_heads", keys.get("n_head"))
-    layers = keys.size("num_hidden_layers", keys.get("n_layer"))
+    layers = keys.count("num_hidden_layers", keys.get("n_layer"))
     grouped, alone = (
         keys.flag("new_decoder_architecture"),
         keys.flag("multi_query", True),

@@ -116,7 +116,7 @@ def read_gpt2(keys: Keys) -> Shape:
         vocab_size=keys.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=keys.size("n_inner", 4 * hidden),
-        num_layers=keys.size("n_layer"),
+        num_layers=keys.count("n_layer"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

@@ -135,7 +135,7 @@ def read_gpt_neox(keys: Keys) -> GPTNeoXConfig:
         vocab_size=keys.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=keys.size("intermediate_size"),
-        num_layers=keys.size("num_hidden_layers"),
+        num_layers=keys.count("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=head_dim,

@@ -11,6 +11,8 @@ from typing import Any
 
 from jaxq.models.activations import ACTIVATIONS
 
+MOST_PARTS = 10_000
+
 # Keys that say how to train, store, serve or name a model, not what it computes.
 HARMLESS = frozenset(
     {
@@ -141,6 +143,19 @@ class Keys:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
                 f"config.json: {key!r} is {value!r}; it must be a positive integer"
+            )
+        return value
+
+    def count(self, key: str, otherwise: int | None = None) -> int:
+        """Return a number of layers or experts, each of which is gone through.
+
+        Raises:
+            ConfigError: as of `size`, and when there are more than `MOST_PARTS`.
+        """
+        value = self.size(key, otherwise)
+        if value > MOST_PARTS:
+            raise ConfigError(
+                f"config.json: {key!r} is {value}; no model has more than {MOST_PARTS}"
             )
         return value
 

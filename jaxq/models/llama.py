@@ -206,7 +206,7 @@ def read_llama_shape(keys: Keys, act: str = "hidden_act") -> dict[str, Any]:
         "vocab_size": keys.size("vocab_size"),
         "hidden_size": hidden,
         "intermediate_size": keys.size("intermediate_size"),
-        "num_layers": keys.size("num_hidden_layers"),
+        "num_layers": keys.count("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,

@@ -54,7 +54,7 @@ def read_mixtral(keys: Keys) -> ExpertsConfig:
     shape = with_rope(keys, read_llama_shape(keys))
     window = keys.given("sliding_window")
     experts = {
-        "num_experts": keys.size("num_local_experts"),
+        "num_experts": keys.count("num_local_experts"),
         "per_token": keys.size("num_experts_per_tok"),
     }
     check_picks(experts)

@@ -142,7 +142,7 @@ def read_opt(keys: Keys) -> OPTConfig:
         vocab_size=keys.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=keys.size("ffn_dim"),
-        num_layers=keys.size("num_hidden_layers"),
+        num_layers=keys.count("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,

@@ -252,7 +252,7 @@ def read_t5(keys: Keys) -> T5Config:
     Raises:
         ConfigError: something is missing, senseless or not implemented.
     """
-    heads, layers = keys.size("num_heads"), keys.size("num_layers")
+    heads, layers = keys.size("num_heads"), keys.count("num_layers")
     name, gated = _activation(keys)
     tied = keys.flag("tie_word_embeddings", True)
     # transformers 5 writes this, and always says that the head is tied
@@ -273,7 +273,7 @@ def read_t5(keys: Keys) -> T5Config:
         norm_eps=keys.number("layer_norm_epsilon", 1e-6) or 0.0,
         tied=tied and scaled,
         activation=name,
-        decoder_layers=keys.size("num_decoder_layers", layers),
+        decoder_layers=keys.count("num_decoder_layers", layers),
         buckets=keys.size("relative_attention_num_buckets", 32),
         reach=keys.size("relative_attention_max_distance", 128),
         gated=gated,

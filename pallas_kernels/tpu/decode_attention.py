@@ -7,7 +7,6 @@ of a sequence are neither copied nor multiplied.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -260,13 +259,6 @@ class Case:
             jnp.asarray(ends, jnp.int32),
             None if self.layers is None else jnp.int32(self.layers - 1),
         ]
-
-    @property
-    def cache_bytes(self) -> int:
-        """The bytes of one layer's keys, values and scales."""
-        count = self.batch * self.cached * self.positions
-        bits = 2 * self.width * jnp.iinfo(self.dtype).bits + 2 * 32
-        return math.ceil(count * bits / 8)
 
 
 CASES = (

@@ -152,3 +152,27 @@ def test_an_unknown_architecture_gets_a_suggestion():
 def test_the_architecture_alone_or_the_type_alone_suffices():
     assert find_family({"model_type": "qwen3"}) is FAMILIES["qwen3"]
     assert find_family({"architectures": ["MistralForCausalLM"]}) is FAMILIES["mistral"]
+
+
+PARTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "num_layers",
+    "num_decoder_layers",
+    "num_local_experts",
+    "num_experts",
+)
+CONFIGS = {
+    path.parent.name: json.loads(path.read_text())
+    for path in sorted((DATA / "seeded").glob("*/config.json"))
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [(name, key) for name, config in CONFIGS.items() for key in PARTS if key in config],
+)
+def test_more_parts_than_can_be_gone_through_are_refused(name, key):
+    config = CONFIGS[name] | {key: 10**9}
+    with pytest.raises(ConfigError, match=f"{key}.*1000000000.*more than 10000"):
+        find_family(config).read_config(config)
