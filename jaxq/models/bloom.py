@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxq.models.activations import ACTIVATIONS
 from jaxq.models.attention import alibi, attend, visible
 from jaxq.models.block import Block
 from jaxq.models.cache import KVCache, LayerCache
@@ -18,6 +17,7 @@ from jaxq.models.causal import (
     run_layers,
     take_places,
 )
+from jaxq.models.feed_forward import FeedForward
 from jaxq.models.hf_config import ConfigError, Keys
 from jaxq.models.norms import LayerNorm
 from jaxq.models.shape import Shape
@@ -57,18 +57,6 @@ class BloomAttention(Block):
         return self.dense(cfg.hidden_size, "dense", bias=True)(mixed), stored
 
 
-class BloomMLP(Block):
-    """`dense_4h_to_h(act(dense_h_to_4h(x)))`."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the feed-forward output for `x[B, T, hidden]`."""
-        cfg = self.config
-        inner = self.dense(cfg.intermediate_size, "dense_h_to_4h", bias=True)(x)
-        inner = ACTIVATIONS[cfg.activation](inner)
-        return self.dense(cfg.hidden_size, "dense_4h_to_h", bias=True)(inner)
-
-
 class BloomLayer(Block):
     """Attention and feed-forward, each normed before and added to the stream."""
 
@@ -85,7 +73,7 @@ class BloomLayer(Block):
         x = (normed if cfg.add_to_normed else x) + mixed
         normed = LayerNorm(cfg.norm_eps, name="post_attention_layernorm")(x)
         base = normed if cfg.add_to_normed else x
-        return base + self.part(BloomMLP, "mlp")(normed), stored
+        return base + self.part(FeedForward, "mlp")(normed), stored
 
 
 class Bloom(Block):

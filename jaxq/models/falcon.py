@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxq.models.activations import ACTIVATIONS
 from jaxq.models.attention import alibi_slopes, attend, visible
 from jaxq.models.block import Block
 from jaxq.models.cache import KVCache, LayerCache
@@ -19,6 +18,7 @@ from jaxq.models.causal import (
     run_layers,
     take_places,
 )
+from jaxq.models.feed_forward import FeedForward
 from jaxq.models.hf_config import ConfigError, Keys
 from jaxq.models.hf_rope import read_rope
 from jaxq.models.norms import LayerNorm
@@ -81,16 +81,13 @@ class FalconAttention(Block):
         return q, fused[..., -2, :], fused[..., -1, :]
 
 
-class FalconMLP(Block):
-    """`dense_4h_to_h(act(dense_h_to_4h(x)))`."""
+class FalconMLP(FeedForward):
+    """The feed-forward layer, its biases as the config says."""
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the feed-forward output for `x[B, T, hidden]`."""
-        cfg = self.config
-        inner = self.dense(cfg.intermediate_size, "dense_h_to_4h", cfg.bias)(x)
-        inner = ACTIVATIONS[cfg.activation](inner)
-        return self.dense(cfg.hidden_size, "dense_4h_to_h", cfg.bias)(inner)
+    @property
+    def bias(self) -> bool:
+        """Whether the projections have one."""
+        return bool(self.config.bias)
 
 
 class FalconLayer(Block):

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxq.models.activations import ACTIVATIONS
 from jaxq.models.attention import attend, visible
 from jaxq.models.block import Block
 from jaxq.models.cache import KVCache, LayerCache
@@ -18,6 +17,7 @@ from jaxq.models.causal import (
     run_layers,
     take_places,
 )
+from jaxq.models.feed_forward import FeedForward
 from jaxq.models.hf_config import ConfigError, Keys
 from jaxq.models.norms import LayerNorm
 from jaxq.models.shape import Shape
@@ -40,16 +40,10 @@ class GPT2Attention(Block):
         return self.dense(cfg.hidden_size, "c_proj", bias=True)(mixed), stored
 
 
-class GPT2MLP(Block):
+class GPT2MLP(FeedForward):
     """`c_proj(act(c_fc(x)))`."""
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the feed-forward output for `x[B, T, hidden]`."""
-        cfg = self.config
-        inner = self.dense(cfg.intermediate_size, "c_fc", bias=True)(x)
-        inner = ACTIVATIONS[cfg.activation](inner)
-        return self.dense(cfg.hidden_size, "c_proj", bias=True)(inner)
+    up, down = "c_fc", "c_proj"
 
 
 class GPT2Layer(Block):

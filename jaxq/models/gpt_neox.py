@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxq.models.activations import ACTIVATIONS
 from jaxq.models.attention import attend, visible
 from jaxq.models.block import Block
 from jaxq.models.cache import KVCache, LayerCache
@@ -18,6 +17,7 @@ from jaxq.models.causal import (
     run_layers,
     take_places,
 )
+from jaxq.models.feed_forward import FeedForward
 from jaxq.models.hf_config import ConfigError, Keys
 from jaxq.models.hf_rope import Usual, read_rope
 from jaxq.models.norms import LayerNorm
@@ -57,18 +57,6 @@ class GPTNeoXAttention(Block):
         return self.dense(width, "dense", bias)(mixed), stored
 
 
-class GPTNeoXMLP(Block):
-    """`dense_4h_to_h(act(dense_h_to_4h(x)))`."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return the feed-forward output for `x[B, T, hidden]`."""
-        cfg = self.config
-        inner = self.dense(cfg.intermediate_size, "dense_h_to_4h", bias=True)(x)
-        inner = ACTIVATIONS[cfg.activation](inner)
-        return self.dense(cfg.hidden_size, "dense_4h_to_h", bias=True)(inner)
-
-
 class GPTNeoXLayer(Block):
     """Attention and feed-forward, side by side or one behind the other."""
 
@@ -84,7 +72,7 @@ class GPTNeoXLayer(Block):
         after = x + mixed
         read = x if cfg.parallel else after
         normed = LayerNorm(cfg.norm_eps, name="post_attention_layernorm")(read)
-        return after + self.part(GPTNeoXMLP, "mlp")(normed), stored
+        return after + self.part(FeedForward, "mlp")(normed), stored
 
 
 class GPTNeoX(Block):
