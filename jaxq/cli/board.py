@@ -95,7 +95,9 @@ class Board:
             caption=CAPTION,
             caption_justify="left",
             box=SIMPLE_HEAD,
+            show_edge=False,
             pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
         table.add_column("recipe", style="bold", no_wrap=True)
         for name in (

@@ -1,10 +1,13 @@
 """`jaxq demo` from end to end, on a tiny model in the place of the embedded one."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from jaxq.cli.board import Board
+from jaxq.cli.demo import RECIPES as DEMO_RECIPES
 from jaxq.report import Result
 from tests.tiny_lm import TEXT, write_tiny
 
@@ -69,3 +72,18 @@ def test_the_bar_is_full_when_everything_is_done():
     board.share(1.0)
     task = board._bar.tasks[0]
     assert task.completed == task.total
+
+
+def test_the_table_of_the_longest_recipes_fits_eighty_columns():
+    board = Board("title", ("float", *DEMO_RECIPES))
+    board.end(Result("float", 16, 10_490_000, 13.75, tokens_per_second=125_700.0))
+    for name in DEMO_RECIPES:
+        board.end(Result(name, 8.111, 5_320_000, 128.3, 0.7438, 0.971, 137.9, 122_800))
+    board.finish()
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(board.render())
+    text = console.export_text()
+    assert "…" not in text
+    for name in DEMO_RECIPES:
+        line = next(line for line in text.splitlines() if line.startswith(name + " "))
+        assert line.split()[-3:] == ["97.1%", "137.9", "122,800"]
