@@ -18,7 +18,7 @@ from jaxq.checkpoints.errors import CheckpointError
 from jaxq.codecs import settings
 from jaxq.codecs.base import Dense
 from jaxq.codecs.gptq import SCALES, assemble
-from jaxq.codecs.source import Source, check
+from jaxq.codecs.source import Source, check, parts_of
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.codecs.words import unpack_stream
 
@@ -45,10 +45,7 @@ class AWQReader:
 
     def parts(self, module: str) -> tuple[str, ...]:
         """Return the tensors of a layer."""
-        if f"{module}.qweight" not in self.source:
-            return ()
-        names = (f"{module}.{suffix}" for suffix in SUFFIXES)
-        return tuple(name for name in names if name in self.source)
+        return parts_of(self.source, module, SUFFIXES, sign="qweight")
 
     def read(self, module: str, shape: tuple[int, int]) -> Unpacked | Dense:
         """Return a layer's codes, scales and zero points as they are."""

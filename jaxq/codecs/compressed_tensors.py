@@ -18,7 +18,7 @@ from jaxq.codecs import settings
 from jaxq.codecs.base import Dense
 from jaxq.codecs.floats import e8m0_patterns, float_matrix, fp4_matrix
 from jaxq.codecs.groups import Args, Group, Groups
-from jaxq.codecs.source import Source, check, need
+from jaxq.codecs.source import Source, check, need, parts_of
 from jaxq.codecs.unpacked import Unpacked, block_name
 from jaxq.codecs.words import nibbles, unpack_fields, unpack_stream
 from jaxq.spec import QuantSpec
@@ -68,10 +68,7 @@ class CompressedTensorsReader:
 
     def parts(self, module: str) -> tuple[str, ...]:
         """Return the tensors of a layer; a weight is quantized if it has a scale."""
-        if f"{module}.weight_scale" not in self.source:
-            return ()
-        names = (f"{module}.{suffix}" for suffix in SUFFIXES)
-        return tuple(name for name in names if name in self.source)
+        return parts_of(self.source, module, SUFFIXES, sign="weight_scale")
 
     def read(self, module: str, shape: tuple[int, int]) -> Unpacked | Dense:
         """Return a layer's codes, scales and zero points as they are."""

@@ -20,7 +20,7 @@ from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from jaxq.checkpoints.strict_json import shorten
 from jaxq.codecs import settings
 from jaxq.codecs.base import Dense
-from jaxq.codecs.source import Source, check, need
+from jaxq.codecs.source import Source, check, need, parts_of
 from jaxq.codecs.unpacked import Unpacked, block_name
 from jaxq.codecs.words import unpack_stream
 from jaxq.spec import QuantSpec
@@ -57,10 +57,7 @@ class GPTQReader:
 
     def parts(self, module: str) -> tuple[str, ...]:
         """Return the tensors of a layer."""
-        if f"{module}.qweight" not in self.source:
-            return ()
-        names = (f"{module}.{suffix}" for suffix in SUFFIXES)
-        return tuple(name for name in names if name in self.source)
+        return parts_of(self.source, module, SUFFIXES, sign="qweight")
 
     def read(self, module: str, shape: tuple[int, int]) -> Unpacked | Dense:
         """Return a layer's codes, scales and zero points as they are."""

@@ -17,7 +17,7 @@ import numpy as np
 from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from jaxq.codecs.base import Dense
 from jaxq.codecs.gptq import assemble
-from jaxq.codecs.source import Source, check, need, scalar
+from jaxq.codecs.source import Source, check, need, parts_of, scalar
 from jaxq.codecs.unpacked import Unpacked
 
 # packing -> (slices per item, bits between them, dtype)
@@ -50,10 +50,7 @@ class HQQReader:
 
     def parts(self, module: str) -> tuple[str, ...]:
         """Return the tensors of a layer."""
-        if f"{module}.W_q" not in self.source:
-            return ()
-        names = (f"{module}.{suffix}" for suffix in SUFFIXES)
-        return tuple(name for name in names if name in self.source)
+        return parts_of(self.source, module, SUFFIXES, sign="W_q")
 
     def read(self, module: str, shape: tuple[int, int]) -> Unpacked | Dense:
         """Return a layer, its codes as they are where a `QTensor` holds them."""

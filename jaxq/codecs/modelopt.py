@@ -14,7 +14,7 @@ import numpy as np
 from jaxq.checkpoints.errors import CheckpointError
 from jaxq.codecs import settings
 from jaxq.codecs.floats import BFLOAT16, float_matrix, fp4_matrix
-from jaxq.codecs.source import Source, need, scalar
+from jaxq.codecs.source import Source, need, parts_of, scalar
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.codecs.words import nibbles
 from jaxq.spec import QuantSpec
@@ -34,10 +34,7 @@ class ModelOptReader:
 
     def parts(self, module: str) -> tuple[str, ...]:
         """Return the tensors of a layer."""
-        if f"{module}.weight_scale" not in self.source:
-            return ()
-        names = (f"{module}.{suffix}" for suffix in SUFFIXES)
-        return tuple(name for name in names if name in self.source)
+        return parts_of(self.source, module, SUFFIXES, sign="weight_scale")
 
     def read(self, module: str, shape: tuple[int, int]) -> Unpacked:
         """Return a layer's codes and scales as they are."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,6 +52,23 @@ class Source(Protocol):
 
     def read(self, name: str) -> np.ndarray:
         """Return the numbers, as stored."""
+
+
+def parts_of(
+    source: Source, module: str, suffixes: Iterable[str], sign: str
+) -> tuple[str, ...]:
+    """Return the tensors of a layer that are there; () when it is float.
+
+    Args:
+        source: where they are.
+        module: the layer's name.
+        suffixes: of the tensors that it may have.
+        sign: the suffix of the one without which it is not quantized.
+    """
+    if f"{module}.{sign}" not in source:
+        return ()
+    names = (f"{module}.{suffix}" for suffix in suffixes)
+    return tuple(name for name in names if name in source)
 
 
 @dataclasses.dataclass(frozen=True)
