@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
 from jaxq.codecs.awq import ORDER
+from jaxq.codecs.base import Writer
 from jaxq.codecs.integers import (
     half_scales,
     integers_of,
@@ -17,7 +18,7 @@ from jaxq.codecs.words import pack_stream
 from jaxq.spec import QuantSpec
 
 
-class AWQWriter:
+class AWQWriter(Writer):
     """Writes AWQ layers."""
 
     def __init__(self) -> None:
@@ -48,15 +49,6 @@ class AWQWriter:
             f"{module}.qzeros": packed(found.zeros),
             f"{module}.scales": half_scales(w, found.scales),
         }, refuse_activation(w)
-
-    def leave(self, module: str) -> None:
-        """Note a layer that stays float."""
-        self.floats.append(module)
-
-    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor as it is."""
-        del name
-        return tensor
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: 4 bits, zero points, groups of 128."""

@@ -44,7 +44,13 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """Writes the quantized weights of one checkpoint."""
+    """Writes the quantized weights of one checkpoint.
+
+    Attributes:
+        floats: the layers whose weights stay float.
+    """
+
+    floats: list[str]
 
     def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
         """Return the tensors that stand for a weight, and what they leave out.
@@ -55,9 +61,12 @@ class Writer(Protocol):
 
     def leave(self, module: str) -> None:
         """Note a layer whose weight stays float."""
+        self.floats.append(module)
 
     def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """Return a tensor as it is stored, now that all layers are known."""
+        del name
+        return tensor
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize a ``[in, out]`` weight with."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs.base import Writer
 from jaxq.codecs.bitsandbytes import DTYPES, KINDS, STATE
 from jaxq.codecs.integers import over_columns, refuse_extras, refuse_order
 from jaxq.codecs.unpacked import Unpacked, swapped
@@ -20,7 +21,7 @@ THRESHOLD = 6.0
 Tensors = dict[str, np.ndarray]
 
 
-class BitsAndBytesWriter:
+class BitsAndBytesWriter(Writer):
     """Writes bitsandbytes layers, all of one kind."""
 
     def __init__(self) -> None:
@@ -49,15 +50,6 @@ class BitsAndBytesWriter:
         if kind == "int8" and w.activation is not None:
             self.threshold = float(w.activation.outliers or 0.0)
         return tensors, note
-
-    def leave(self, module: str) -> None:
-        """Note a layer that stays float."""
-        self.floats.append(module)
-
-    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor as it is."""
-        del name
-        return tensor
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: nf4 in blocks of 64, or int8 as the rest."""

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs.base import Writer
 from jaxq.codecs.integers import integers_of, refuse_extras, refuse_order
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.codecs.words import pack_stream, pair_nibbles
@@ -17,7 +18,7 @@ NEIGHBOURS = 3  # float32 numbers tried on either side of a reciprocal
 Tensors = dict[str, np.ndarray]
 
 
-class CompressedTensorsWriter:
+class CompressedTensorsWriter(Writer):
     """Writes compressed-tensors layers, and groups them by their settings."""
 
     def __init__(self) -> None:
@@ -42,15 +43,6 @@ class CompressedTensorsWriter:
         key = json.dumps(settings, sort_keys=True)
         self.groups.setdefault(key, []).append(module)
         return tensors, note
-
-    def leave(self, module: str) -> None:
-        """Note a layer that stays float."""
-        self.floats.append(module)
-
-    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor as it is."""
-        del name
-        return tensor
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: 4 bits, symmetric, groups of 128."""

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs.base import Writer
 from jaxq.codecs.integers import refuse_extras, refuse_order
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.spec import QuantSpec
@@ -13,7 +14,7 @@ from jaxq.spec import QuantSpec
 USUAL = 128
 
 
-class FP8Writer:
+class FP8Writer(Writer):
     """Writes fp8 layers in tiles of one size."""
 
     def __init__(self) -> None:
@@ -47,15 +48,6 @@ class FP8Writer:
         if w.activation is None:
             note = "engines quantize its activation to fp8; here it was float"
         return {f"{module}.weight": codes, f"{module}.weight_scale_inv": scales}, note
-
-    def leave(self, module: str) -> None:
-        """Note a layer that stays float."""
-        self.floats.append(module)
-
-    def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor as it is."""
-        del name
-        return tensor
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: tiles of 128 x 128."""

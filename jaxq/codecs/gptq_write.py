@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs.base import Writer
 from jaxq.codecs.gptq import BITS, ONES
 from jaxq.codecs.integers import half_scales, integers_of, refuse_activation
 from jaxq.codecs.unpacked import Unpacked
@@ -29,7 +30,7 @@ class Written:
     reordered: bool
 
 
-class GPTQWriter:
+class GPTQWriter(Writer):
     """Writes GPTQ layers, and remembers their settings for the config."""
 
     def __init__(self) -> None:
@@ -62,10 +63,6 @@ class GPTQWriter:
             f"{module}.scales": half_scales(w, found.scales),
             f"{module}.g_idx": np.ascontiguousarray(groups),
         }, refuse_activation(w)
-
-    def leave(self, module: str) -> None:
-        """Note a layer that stays float."""
-        self.floats.append(module)
 
     def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """Return a tensor as the version of the whole checkpoint has it."""
