@@ -89,6 +89,11 @@ class Run:
         """The kernels for this GPU, in order of preference."""
         return MODULES["sm_90" if self.generation == "sm_90" else "older"]
 
+    def module_for(self, p: Problem) -> Any | None:
+        """The first kernel here that takes a problem, or None."""
+        fits = (m for m in self.modules() if not m.KERNEL.refuses(p, self.generation))
+        return next(fits, None)
+
     def publish(self) -> None:
         """Write the report and the tiles."""
         head = "| what | time | rate | of what this machine reaches | beside it |"
@@ -216,7 +221,11 @@ def check(run: Run) -> None:
     """Run every case of every kernel and compare."""
     for module in run.modules():
         for case in module.CASES:
-            p, a = case.problem, case.operands()
+            p = case.problem
+            if reason := module.KERNEL.refuses(p, run.generation):
+                run.emit(check=module.KERNEL.name, case=case.name, skipped=reason)
+                continue
+            a = case.operands()
             tile = module.KERNEL.tile(p, run.generation)
             try:
                 y = each_layer(module, p, tile)(*arrays_of(a))[-1]
@@ -245,7 +254,10 @@ def tuned(
 ) -> tuple[str, Any, float, Operands] | None:
     """Time every tile of the first kernel that takes a case; return the best."""
     p = case.problem
-    module = next(m for m in run.modules() if m.declines(p) is None)
+    module = run.module_for(p)
+    if module is None:
+        run.emit(tune=case.name, skipped=f"no kernel takes it on {run.generation}")
+        return None
     a = random_operands(case)
     first = module.KERNEL.tile(p, run.generation)
     tiles = [first, *(row.tile for row in module.KERNEL.tiles if row.tile != first)]
@@ -434,7 +446,9 @@ def _compiled(run: Run, case: Case) -> tuple[Any, Any]:
     from benchmarks import gpu_compile
 
     p = case.problem
-    module = next(m for m in run.modules() if m.declines(p) is None)
+    module = run.module_for(p)
+    if module is None:
+        raise ValueError(f"no kernel takes it on {run.generation}")
     tile = module.KERNEL.tile(p, run.generation)
     shapes = jax.eval_shape(lambda: arrays_of(random_operands(case)))
     given = {i: a for i, a in enumerate(shapes) if a is not None}

@@ -128,6 +128,7 @@ class Kernel:
         run: ``run(problem, operands, tile, interpret)``, the product ``[M, N]``;
             ``interpret`` is what `jax.experimental.pallas.pallas_call` takes.
         tiles: the tiles to choose from; the autotuner tries them all.
+        fp8: the generations that multiply fp8 by fp8; all of them by default.
     """
 
     name: str
@@ -137,6 +138,17 @@ class Kernel:
     declines: Callable[[Problem], str | None]
     run: Callable[[Problem, Operands, Any, Any], jax.Array]
     tiles: tuple[TileRow, ...]
+    fp8: tuple[str, ...] | None = None
+
+    def refuses(self, problem: Problem, generation: str) -> str | None:
+        """Return why the kernel does not take a problem on a chip, or None."""
+        if generation not in self.generations:
+            return f"not for {generation}"
+        fp8 = self.generations if self.fp8 is None else self.fp8
+        rounds = (problem.activation or "").startswith("float8")
+        if rounds and generation not in fp8:
+            return f"{generation} does not multiply fp8 by fp8"
+        return self.declines(problem)
 
     def tile(self, problem: Problem, generation: str) -> Any:
         """Return the first tile that fits."""

@@ -29,8 +29,8 @@ def _row(kernel: pallas.Kernel, target: Target) -> Kernel:
     """Return a row of the table; the same object every time, so that jit knows it."""
 
     def declines(p: Problem) -> str | None:
-        if target.generation not in kernel.generations:
-            here = target.generation or f"this kind of {target.backend}"
+        here = target.generation or f"this kind of {target.backend}"
+        if here not in kernel.generations:
             return f"not for {here}"
         reason = _not_a_product_of_codes(p)
         if reason is None and p.w.layout != kernel.layout:
@@ -39,8 +39,8 @@ def _row(kernel: pallas.Kernel, target: Target) -> Kernel:
             return reason
         known, split = facts(p), Split.of(p.w.sharding, p.x.shape[0])
         if split is None:
-            return kernel.declines(known)
-        return split.declines(known) or kernel.declines(split.local(known))
+            return kernel.refuses(known, here)
+        return split.declines(known) or kernel.refuses(split.local(known), here)
 
     def alone(known: pallas.Problem, a: pallas.Operands) -> jax.Array:
         return kernel.run(known, a, tuned_tile(kernel, known, target), target.interpret)

@@ -179,5 +179,12 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
 
 
 KERNEL = Kernel(
-    "gpu.triton_quantized_activation", "gpu", GENERATIONS, "gpu", declines, run, TILES
+    "gpu.triton_quantized_activation",
+    "gpu",
+    GENERATIONS,
+    "gpu",
+    declines,
+    run,
+    TILES,
+    fp8=("sm_89",),
 )

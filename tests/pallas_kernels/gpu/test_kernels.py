@@ -211,3 +211,21 @@ def test_who_declines_what():
     }
     for (module, problem), reason in reasons.items():
         assert reason in (module.declines(problem) or "")
+
+
+@pytest.mark.parametrize(
+    ("module", "generation", "reason"),
+    [
+        (triton_quantized_activation, "sm_80", "sm_80 does not multiply fp8 by fp8"),
+        (triton_quantized_activation, "sm_86", "sm_86 does not multiply fp8 by fp8"),
+        (triton_quantized_activation, "sm_89", None),
+        (triton_quantized_activation, "sm_90", "not for sm_90"),
+        (quantized_activation, "sm_90", None),
+    ],
+)
+def test_fp8_products_go_only_where_the_chip_has_them(module, generation, reason):
+    case = next(case for case in module.CASES if case.activation == "float8_e4m3fn")
+    assert module.KERNEL.refuses(case.problem, generation) == reason
+    integers = next(case for case in module.CASES if case.activation == "int8")
+    taken = module.KERNEL.refuses(integers.problem, generation) is None
+    assert taken == (generation in module.KERNEL.generations)
