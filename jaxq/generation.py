@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxq.models.cache import PADDING, KVCache, empty_cache
+from jaxq.kvcache import FLOAT, PADDING, Cache, empty_cache
 
 SMALLEST_PROMPT = 16
 SMALLEST_CACHE = 256  # so that short texts of any length share one compiled step
@@ -50,7 +50,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def generate(
+def generate(  # noqa: PLR0913  one argument per choice
     apply: Callable[..., Any],
     params: Any,
     config: Any,
@@ -58,6 +58,7 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
     eos: tuple[int, ...] = (),
+    cache: str = FLOAT,
 ) -> list[list[int]]:
     """Continue prompts of any lengths.
 
@@ -70,16 +71,17 @@ def generate(
         max_new_tokens: at most so many tokens per prompt.
         sampling: how tokens are drawn.
         eos: tokens that end a text; they are not returned.
+        cache: a key of `jaxq.kvcache.CACHES`: what keys and values are kept as.
 
     Returns:
         The new tokens of each prompt.
 
     Raises:
         ValueError: a prompt is empty, holds no token ids, or is longer with its new
-            tokens than the model's context.
+            tokens than the model's context; or there is no such cache.
     """
     texts: list[list[int]] = [[] for _ in prompts]
-    steps = stream(apply, params, config, prompts, max_new_tokens, sampling, eos)
+    steps = stream(apply, params, config, prompts, max_new_tokens, sampling, eos, cache)
     for tokens in steps:
         for text, token in zip(texts, tokens.tolist(), strict=True):
             if token != NOTHING:
@@ -87,7 +89,7 @@ def generate(
     return texts
 
 
-def stream(
+def stream(  # noqa: PLR0913  one argument per choice
     apply: Callable[..., Any],
     params: Any,
     config: Any,
@@ -95,6 +97,7 @@ def stream(
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
     eos: tuple[int, ...] = (),
+    cache: str = FLOAT,
 ) -> Iterator[np.ndarray]:
     """Yield the next token of every prompt, `int32[prompts]`, as they are made.
 
@@ -104,8 +107,8 @@ def stream(
     lengths = _check(prompts, max_new_tokens, config)
     tokens, positions = pad(prompts, _bucket(max(lengths), SMALLEST_PROMPT))
     slots = _bucket(tokens.shape[1] + max_new_tokens, SMALLEST_CACHE)
-    cache = empty_cache(config, len(prompts), slots, _cache_dtype(params))
-    logits, cache = _prefill(apply, params, tokens, positions, cache)
+    held = empty_cache(config, len(prompts), slots, float_dtype(params), cache)
+    logits, held = _prefill(apply, params, tokens, positions, held)
     draw = partial(_draw, knobs=_knobs(sampling), greedy=sampling.temperature == 0)
     latest = draw(logits, step=jnp.int32(0))
     place = jnp.asarray(lengths, jnp.int32)
@@ -117,9 +120,39 @@ def stream(
             return
         yield np.where(ended, np.int32(NOTHING), made)
         if step < max_new_tokens:
-            logits, cache = _step(apply, params, latest, place, cache)
+            logits, held = _step(apply, params, latest, place, held)
             latest = draw(logits, step=jnp.int32(step))
             place = place + jnp.int32(1)
+
+
+def through_cache(
+    apply: Callable[..., Any], config: Any, cache: str
+) -> Callable[..., Any]:
+    """Return `apply`, compiled, as one that reads a text through a cache of a kind.
+
+    Called without a cache, `apply(params, tokens)` gives the logits that writing the
+    text token by token would: what a query attends to has been in the cache. With one
+    it is `apply`.
+
+    Raises:
+        ValueError: there is no such cache, or the model's heads cannot be packed so.
+    """
+    jax.eval_shape(lambda: empty_cache(config, 1, 1, jnp.float32, cache))
+
+    @jax.jit
+    def read(
+        params: Any,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        held: Cache | None = None,
+    ) -> Any:
+        if held is not None:
+            return apply(params, tokens, positions, held)
+        rows, length = tokens.shape
+        made = empty_cache(config, rows, length, float_dtype(params), cache)
+        return apply(params, tokens, positions, made)[0]
+
+    return read
 
 
 def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:
@@ -142,8 +175,8 @@ def _prefill(
     params: Any,
     tokens: jax.Array,
     positions: jax.Array,
-    cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
     """Read the prompts; return the logits after each one's last token."""
     logits, cache = apply(params, tokens, positions, cache)
     last = jnp.argmax(positions, axis=1)[:, None, None]
@@ -156,8 +189,8 @@ def _step(
     params: Any,
     tokens: jax.Array,
     positions: jax.Array,
-    cache: KVCache,
-) -> tuple[jax.Array, KVCache]:
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
     """Read one token per row; return the logits after it."""
     logits, cache = apply(params, tokens[:, None], positions[:, None], cache)
     return logits[:, 0], cache
@@ -201,7 +234,7 @@ def _bucket(length: int, smallest: int) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def _cache_dtype(params: Any) -> Any:
+def float_dtype(params: Any) -> Any:
     """Return the dtype of the parameters where all floats agree, else float32."""
     leaves = [x.dtype for x in jax.tree.leaves(params)]
     floats = {dtype for dtype in leaves if jnp.issubdtype(dtype, jnp.floating)}

@@ -4,17 +4,20 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxq.encoder import Encoder, read_pooling, write_pooling
 from jaxq.encoder_decoder import EncoderDecoder
+from jaxq.kvcache import FLOAT, Cache, CacheExplanation, empty_cache, explain_cache
 from jaxq.lift import quantized
 from jaxq.model import TIMINGS, Model
 from jaxq.recipe import Recipe
 from jaxq.relayout import relayout_params
+from pallas_kernels.target import Target
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo_model"
@@ -40,9 +43,12 @@ class LM(Model):
 
     Attributes:
         eos: the tokens that end a text.
+        cache: what keys and values are kept as, a key of `jaxq.kvcache.CACHES`; see
+            `with_cache`.
     """
 
     eos: tuple[int, ...] = ()
+    cache: str = FLOAT
 
     def encode(self, text: str) -> np.ndarray:
         """Return the tokens of a text, ``int32[tokens]``, as the tokenizer has them.
@@ -51,6 +57,71 @@ class LM(Model):
             ValueError: when the model has no tokenizer.
         """
         return self.tokens_of(text)
+
+    def with_cache(self, cache: str) -> Self:
+        """Return this model with its keys and values kept as something else.
+
+        Its ``apply`` then reads a text through such a cache, too, so that
+        `jaxq.perplexity` and `jaxq.evaluate.evaluate_text` measure what that costs.
+
+        Args:
+            cache: ``"float"``, or ``"int8"`` or ``"int4"``: a scale per token and head.
+
+        Raises:
+            ValueError: there is no such cache, or the model's heads cannot be packed
+                so.
+
+        Example:
+            >>> lm = jaxq.load_model("demo").with_cache("int8")  # doctest: +SKIP
+            >>> lm.generate("import ")  # doctest: +SKIP
+        """
+        from jaxq.generation import through_cache
+
+        if cache == self.cache:
+            return self
+        plain = self.apply if self.cache == FLOAT else quantized(self.forward)
+        apply = plain if cache == FLOAT else through_cache(plain, self.config, cache)
+        return dataclasses.replace(self, apply=apply, cache=cache)
+
+    def empty_cache(
+        self, tokens: int, batch: int = 1, *, target: Target | None = None
+    ) -> Cache:
+        """Return a cache for texts of so many tokens, to give to ``apply``.
+
+        ``apply(params, tokens, positions, cache)`` returns logits and the longer cache.
+
+        Args:
+            tokens: per text.
+            batch: texts.
+            target: the chip that attention to a quantized cache runs on; by default
+                this one.
+        """
+        from jaxq.generation import float_dtype
+
+        dtype = float_dtype(self.params)
+        return empty_cache(self.config, batch, tokens, dtype, self.cache, target)
+
+    def explain_cache(
+        self,
+        slots: int | None = None,
+        batch: int = 1,
+        *,
+        tokens: int = 1,
+        target: Target | None = None,
+    ) -> CacheExplanation:
+        """Say which kernel attends to the cache in each layer, and its bytes.
+
+        Nothing is computed.
+
+        Args:
+            slots: tokens the cache has room for; the model's context by default.
+            batch: texts.
+            tokens: how many are read at once: 1 is a step of writing.
+            target: the chip to say it for; by default this one.
+        """
+        room = int(self.config.context) if slots is None else slots
+        held = jax.eval_shape(lambda: self.empty_cache(room, batch, target=target))
+        return explain_cache(self.apply, self.params, held, tokens)
 
     def generate(
         self,
@@ -61,6 +132,7 @@ class LM(Model):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        cache: str | None = None,
     ) -> str:
         """Return the text that the model continues ``prompt`` with.
 
@@ -72,6 +144,8 @@ class LM(Model):
             top_k: draw among the k likeliest tokens only.
             top_p: draw among the likeliest tokens that together reach this probability.
             seed: the same seed gives the same text.
+            cache: what keys and values are kept as, ``"float"``, ``"int8"`` or
+                ``"int4"``; the model's own (see `with_cache`) by default.
 
         Raises:
             ValueError: when prompt and new tokens exceed the model's context, or a
@@ -84,6 +158,7 @@ class LM(Model):
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            cache=cache,
         )
         return "".join(pieces)
 
@@ -96,6 +171,7 @@ class LM(Model):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        cache: str | None = None,
     ) -> Iterator[str]:
         """Yield the text of `generate` piece by piece, as it is made."""
         from jaxq.generation import Sampling, stream
@@ -110,6 +186,7 @@ class LM(Model):
             max_new_tokens,
             sampling,
             self.eos,
+            self.cache if cache is None else cache,
         )
         made: list[int] = []
         shown = ""
@@ -209,7 +286,7 @@ def generate(lm: LM, prompt: str, max_new_tokens: int = 64, **settings: Any) -> 
         lm: a model, such as `load_model` returns.
         prompt: any text.
         max_new_tokens: at most so many tokens.
-        **settings: ``temperature``, ``top_k``, ``top_p`` and ``seed``.
+        **settings: ``temperature``, ``top_k``, ``top_p``, ``seed`` and ``cache``.
     """
     return lm.generate(prompt, max_new_tokens, **settings)
 

@@ -206,7 +206,7 @@ def test_the_cache_is_no_wider_than_the_weights():
     texts = run(model, PROMPTS, 4)
     assert [len(text) for text in texts] == [4] * 4
     leaves = jax.tree.leaves(model.params)
-    from jaxq.generation import _cache_dtype
+    from jaxq.generation import float_dtype
 
-    assert _cache_dtype(model.params) == jnp.bfloat16
-    assert _cache_dtype([*leaves, jnp.ones(2, jnp.float32)]) == jnp.float32
+    assert float_dtype(model.params) == jnp.bfloat16
+    assert float_dtype([*leaves, jnp.ones(2, jnp.float32)]) == jnp.float32

@@ -6,14 +6,15 @@ import typer
 from rich.table import Table
 
 from jaxq.cli.failures import guarded
-from jaxq.cli.options import Debug, Json, Model, read_text
+from jaxq.cli.options import CacheName, Debug, Json, Model, read_text
 from jaxq.cli.screen import errors, print_json, progress, results, size
 from jaxq.evaluate import Evaluation, evaluate_text
+from jaxq.kvcache import FLOAT
 from jaxq.lm import LM, load_lm
 
 
 @guarded
-def evaluate(
+def evaluate(  # noqa: PLR0913  one argument per option
     model: Model,
     text: Annotated[
         str,
@@ -32,6 +33,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many windows; default: all.")
     ] = None,
+    cache: CacheName = FLOAT,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -45,6 +47,7 @@ def evaluate(
     [bold]Examples[/]
       jaxq eval demo --text demo
       jaxq eval small --text demo --reference demo
+      jaxq eval demo --text demo --reference demo --cache int4
       jaxq eval small --text wiki.txt --window 1024 --json
 
     [bold]JSON[/]
@@ -53,6 +56,7 @@ def evaluate(
     content = read_text(text, "eval.txt")
     with errors().status("loading"):
         lm = load_lm(model)
+        lm = lm if cache == FLOAT else lm.with_cache(cache)
         other = None if reference is None else load_lm(reference)
     with progress() as bars:
         task = bars.add_task("evaluating", total=None)

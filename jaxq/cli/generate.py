@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 
 from jaxq.cli.failures import guarded
-from jaxq.cli.options import Debug, Model
+from jaxq.cli.options import CacheName, Debug, Model
 from jaxq.cli.screen import errors, results
+from jaxq.kvcache import FLOAT
 from jaxq.lm import load_lm
 
 
@@ -29,6 +30,7 @@ def generate(  # noqa: PLR0913  one argument per option
         float | None, typer.Option(help="Draw among tokens that reach this in sum.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed, the same text.")] = 0,
+    cache: CacheName = FLOAT,
     debug: Debug = False,
 ) -> None:
     """Continue a text.
@@ -38,6 +40,7 @@ def generate(  # noqa: PLR0913  one argument per option
     [bold]Examples[/]
       jaxq generate demo --prompt "import "
       jaxq generate small -p "The module" -n 128 --temperature 0.8 --top-p 0.95
+      jaxq generate small -p "The module" --cache int8
     """
     with errors().status("loading"):
         lm = load_lm(model)
@@ -48,6 +51,7 @@ def generate(  # noqa: PLR0913  one argument per option
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        cache=cache,
     )
     with errors().status("compiling"):
         first = next(pieces, "")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from jaxq.kvcache import CACHES
 from jaxq.lm import DEMO, DEMO_FOLDER
 from jaxq.names import lookup
 from jaxq.presets import PRESETS
@@ -25,6 +26,14 @@ RecipeName = Annotated[
 GroupSize = Annotated[
     int | None,
     typer.Option(min=1, help="Weights that share a scale; default: the recipe's own."),
+]
+CacheName = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        metavar="NAME",
+        help=f"What keys and values are kept as: {', '.join(CACHES)}.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

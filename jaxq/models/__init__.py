@@ -1,7 +1,5 @@
 """Model architectures in Flax, with no quantization code in them."""
 
-from jaxq.models.cache import KVCache as KVCache
-from jaxq.models.cache import empty_cache as empty_cache
 from jaxq.models.families import FAMILIES as FAMILIES
 from jaxq.models.families import find_family as find_family
 from jaxq.models.family import Family as Family

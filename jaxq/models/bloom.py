@@ -6,14 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxq.models.attention import alibi, attend, visible
+from jaxq.kvcache import Cache
+from jaxq.models.attention import alibi
 from jaxq.models.block import Block
-from jaxq.models.cache import KVCache, LayerCache
 from jaxq.models.causal import (
     Held,
+    Kept,
     Places,
     answer,
-    remember,
+    attend_and_keep,
     run_layers,
     take_places,
 )
@@ -45,15 +46,15 @@ class BloomAttention(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
         fused = self.dense(3 * cfg.hidden_size, "query_key_value", bias=True)(x)
         fused = fused.reshape(*x.shape[:2], cfg.num_heads, 3, cfg.head_dim)
         q, k, v = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
-        k, v, stored = remember(held, k, v)
         near = alibi(cfg.num_heads, places.keys)
-        mixed = attend(q, k, v, visible(*places, None), bias=near).reshape(x.shape)
+        mixed, stored = attend_and_keep((q, k, v), places, held, bias=near)
+        mixed = mixed.reshape(x.shape)
         return self.dense(cfg.hidden_size, "dense", bias=True)(mixed), stored
 
 
@@ -63,7 +64,7 @@ class BloomLayer(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         cfg = self.config
         normed = LayerNorm(cfg.norm_eps, name="input_layernorm")(x)
@@ -84,7 +85,7 @@ class Bloom(Block):
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Compute the logits of the token after every given token.
 

@@ -7,14 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxq.models.attention import alibi_slopes, attend, visible
+from jaxq.kvcache import Cache
+from jaxq.models.attention import alibi_slopes
 from jaxq.models.block import Block
-from jaxq.models.cache import KVCache, LayerCache
 from jaxq.models.causal import (
     Held,
+    Kept,
     Places,
     answer,
-    remember,
+    attend_and_keep,
     run_layers,
     take_places,
 )
@@ -52,7 +53,7 @@ class FalconAttention(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
         q, k, v = self._project(x)
@@ -61,8 +62,8 @@ class FalconAttention(Block):
             near = falcon_alibi(cfg.num_heads, cfg.head_dim, places.keys)
         else:
             q, k = (rotate(heads, places.queries, cfg.rope) for heads in (q, k))
-        k, v, stored = remember(held, k, v)
-        mixed = attend(q, k, v, visible(*places, None), bias=near).reshape(x.shape)
+        mixed, stored = attend_and_keep((q, k, v), places, held, bias=near)
+        mixed = mixed.reshape(x.shape)
         return self.dense(cfg.hidden_size, "dense", cfg.bias)(mixed), stored
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -96,7 +97,7 @@ class FalconLayer(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         cfg = self.config
         attention = self.part(FalconAttention, "self_attention")
@@ -123,7 +124,7 @@ class Falcon(Block):
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Compute the logits of the token after every given token.
 

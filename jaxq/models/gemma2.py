@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxq.models.cache import LayerCache
-from jaxq.models.causal import Held, Places
+from jaxq.models.causal import Held, Kept, Places
 from jaxq.models.hf_config import Keys
 from jaxq.models.layer_types import read_windows
 from jaxq.models.llama import (
@@ -37,7 +36,7 @@ class GemmaLayer(DecoderLayer):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         normed = self.norm("input_layernorm")(x)
         mixed, stored = self.attention()(normed, places, held)

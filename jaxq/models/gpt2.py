@@ -6,14 +6,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxq.models.attention import attend, visible
+from jaxq.kvcache import Cache
 from jaxq.models.block import Block
-from jaxq.models.cache import KVCache, LayerCache
 from jaxq.models.causal import (
     Held,
+    Kept,
     Places,
     answer,
-    remember,
+    attend_and_keep,
     run_layers,
     take_places,
 )
@@ -29,15 +29,16 @@ class GPT2Attention(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
         fused = self.dense(3 * cfg.hidden_size, "c_attn", bias=True)(x)
         fused = fused.reshape(*x.shape[:2], 3, cfg.num_heads, cfg.head_dim)
         q, k, v = fused[:, :, 0], fused[:, :, 1], fused[:, :, 2]
-        k, v, stored = remember(held, k, v)
-        mixed = attend(q, k, v, visible(*places, None)).reshape(x.shape)
-        return self.dense(cfg.hidden_size, "c_proj", bias=True)(mixed), stored
+        mixed, stored = attend_and_keep((q, k, v), places, held)
+        return self.dense(cfg.hidden_size, "c_proj", bias=True)(
+            mixed.reshape(x.shape)
+        ), stored
 
 
 class GPT2MLP(FeedForward):
@@ -52,7 +53,7 @@ class GPT2Layer(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         eps = self.config.norm_eps
         normed = LayerNorm(eps, name="ln_1")(x)
@@ -70,7 +71,7 @@ class GPT2(Block):
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Compute the logits of the token after every given token.
 

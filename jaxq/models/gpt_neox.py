@@ -6,14 +6,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxq.models.attention import attend, visible
+from jaxq.kvcache import Cache
 from jaxq.models.block import Block
-from jaxq.models.cache import KVCache, LayerCache
 from jaxq.models.causal import (
     Held,
+    Kept,
     Places,
     answer,
-    remember,
+    attend_and_keep,
     run_layers,
     take_places,
 )
@@ -44,7 +44,7 @@ class GPTNeoXAttention(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
         width, bias = cfg.hidden_size, cfg.attention_bias
@@ -52,9 +52,8 @@ class GPTNeoXAttention(Block):
         fused = fused.reshape(*x.shape[:2], cfg.num_heads, 3, cfg.head_dim)
         q, k, v = fused[..., 0, :], fused[..., 1, :], fused[..., 2, :]
         q, k = (rotate(heads, places.queries, cfg.rope) for heads in (q, k))
-        k, v, stored = remember(held, k, v)
-        mixed = attend(q, k, v, visible(*places, None)).reshape(x.shape)
-        return self.dense(width, "dense", bias)(mixed), stored
+        mixed, stored = attend_and_keep((q, k, v), places, held)
+        return self.dense(width, "dense", bias)(mixed.reshape(x.shape)), stored
 
 
 class GPTNeoXLayer(Block):
@@ -63,7 +62,7 @@ class GPTNeoXLayer(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         cfg = self.config
         normed = LayerNorm(cfg.norm_eps, name="input_layernorm")(x)
@@ -83,7 +82,7 @@ class GPTNeoX(Block):
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Compute the logits of the token after every given token.
 

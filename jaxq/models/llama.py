@@ -9,15 +9,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from jaxq.kvcache import Cache
 from jaxq.models.activations import ACTIVATIONS
-from jaxq.models.attention import attend, visible
 from jaxq.models.block import Block
-from jaxq.models.cache import KVCache, LayerCache
 from jaxq.models.causal import (
     Held,
+    Kept,
     Places,
     answer,
-    remember,
+    attend_and_keep,
     run_layers,
     take_places,
 )
@@ -62,7 +62,7 @@ class Attention(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
         q, k, v = self.project(x)
@@ -71,9 +71,14 @@ class Attention(Block):
             k = RMSNorm(cfg.norm_eps, cfg.norm_offset, name="k_norm")(k)
         rope = cfg.rope_of(self.layer)
         q, k = rotate(q, places.queries, rope), rotate(k, places.queries, rope)
-        k, v, stored = remember(held, k, v)
-        mask = visible(*places, cfg.window(self.layer))
-        mixed = attend(q, k, v, mask, scale=cfg.query_scale, cap=cfg.score_cap)
+        mixed, stored = attend_and_keep(
+            (q, k, v),
+            places,
+            held,
+            window=cfg.window(self.layer),
+            scale=cfg.query_scale,
+            cap=cfg.score_cap,
+        )
         output = self.dense(cfg.hidden_size, "o_proj", cfg.output_bias)
         return output(mixed.reshape(*x.shape[:2], -1)), stored
 
@@ -120,7 +125,7 @@ class DecoderLayer(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         normed = self.norm("input_layernorm")(x)
         mixed, stored = self.attention()(normed, places, held)
@@ -150,7 +155,7 @@ class Llama(Block):
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Compute the logits of the token after every given token.
 

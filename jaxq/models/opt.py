@@ -7,15 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxq.kvcache import Cache
 from jaxq.models.activations import ACTIVATIONS
-from jaxq.models.attention import attend, visible
 from jaxq.models.block import Block
-from jaxq.models.cache import KVCache, LayerCache
 from jaxq.models.causal import (
     Held,
+    Kept,
     Places,
     answer,
-    remember,
+    attend_and_keep,
     run_layers,
     take_places,
 )
@@ -49,7 +49,7 @@ class OPTAttention(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to."""
         cfg = self.config
 
@@ -57,9 +57,9 @@ class OPTAttention(Block):
             flat = self.dense(cfg.hidden_size, name, cfg.bias)(x)
             return flat.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
 
-        q = heads("q_proj")
-        k, v, stored = remember(held, heads("k_proj"), heads("v_proj"))
-        mixed = attend(q, k, v, visible(*places, None)).reshape(x.shape)
+        qkv = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        mixed, stored = attend_and_keep(qkv, places, held)
+        mixed = mixed.reshape(x.shape)
         return self.dense(cfg.hidden_size, "out_proj", cfg.bias)(mixed), stored
 
 
@@ -69,7 +69,7 @@ class OPTLayer(Block):
     @nn.compact
     def __call__(
         self, x: jax.Array, places: Places, held: Held
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, Kept]:
         """Return the stream `[B, T, hidden]` after this layer, and its cache."""
         cfg = self.config
         norm = LayerNorm(cfg.norm_eps, name="self_attn_layer_norm")
@@ -92,7 +92,7 @@ class OPT(Block):
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """Compute the logits of the token after every given token.
 

@@ -108,6 +108,7 @@ def decode_attention(
     lengths: jax.Array,
     *,
     bits: int,
+    scale: float | None = None,
     tile: Tile = TILES[0],
     interpret: bool = False,
 ) -> jax.Array:
@@ -121,6 +122,7 @@ def decode_attention(
         value_scales: like ``key_scales``.
         lengths: int32 ``[B]``, the tokens of each cache, at least 1.
         bits: 8 or 4.
+        scale: of the scores; ``D ** -0.5`` by default.
         tile: how to cut; fewer parts where the context is short.
         interpret: whether to run on a CPU.
 
@@ -142,18 +144,19 @@ def decode_attention(
     per = keys.shape[2] // parts
     rows = max(LEAST, 1 << (queries - 1).bit_length())
     half = jnp.float16 if q.dtype == jnp.float16 else jnp.bfloat16
-    scaled = (q.astype(jnp.float32) * channels**-0.5).astype(half)
+    factor = channels**-0.5 if scale is None else scale
+    scaled = (q.astype(jnp.float32) * factor).astype(half)
     scaled = jnp.pad(scaled, ((0, 0), (0, 0), (0, rows - queries), (0, 0)))
     cache = pl.BlockSpec(
         (None, None, per, channels * bits // 8), lambda b, h, j: (b, h, j, 0)
     )
-    scale = pl.BlockSpec((None, None, per), lambda b, h, j: (b, h, j))
+    of_token = pl.BlockSpec((None, None, per), lambda b, h, j: (b, h, j))
     out, weight = pl.pallas_call(
         functools.partial(_kernel, bits, tile.tokens, per, interpret),
         grid=(batch, heads, parts),
         in_specs=[
             pl.BlockSpec((None, None, rows, channels), lambda b, h, j: (b, h, 0, 0)),
-            *[cache, cache, scale, scale],
+            *[cache, cache, of_token, of_token],
             pl.BlockSpec((1,), lambda b, h, j: (b,)),
         ],
         out_specs=[
@@ -268,6 +271,7 @@ def reference(
     lengths: jax.Array,
     *,
     bits: int,
+    scale: float | None = None,
 ) -> jax.Array:
     """Return the same in float32 and plain jnp."""
 
@@ -281,7 +285,7 @@ def reference(
 
     k, v = numbers(keys, key_scales), numbers(values, value_scales)
     score = jnp.einsum("bhgd,bhsd->bhgs", q.astype(jnp.float32), k)
-    score = score * math.sqrt(1 / q.shape[-1])
+    score = score * (math.sqrt(1 / q.shape[-1]) if scale is None else scale)
     inside = jnp.arange(k.shape[2]) < lengths[:, None, None, None]
     share = jax.nn.softmax(jnp.where(inside, score, -jnp.inf), axis=-1)
     return jnp.einsum("bhgs,bhsd->bhgd", share, v)

@@ -10,9 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxq.huggingface import load_huggingface
-from jaxq.models import Llama, LlamaConfig, empty_cache
+from jaxq.kvcache import PADDING, empty_cache
+from jaxq.models import Llama, LlamaConfig
 from jaxq.models.attention import attend, visible
-from jaxq.models.cache import PADDING
 from jaxq.models.rope import Rope, rotate
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"

@@ -8,7 +8,8 @@ from safetensors.numpy import load_file
 
 from jaxq.checkpoints.huggingface import write_folder
 from jaxq.huggingface import load_huggingface
-from jaxq.models import FAMILIES, empty_cache
+from jaxq.kvcache import empty_cache
+from jaxq.models import FAMILIES
 from tests.models.seeded import CASES, SEEDED, stored_config, write_seeded
 
 # Both sides compute in float32 and sum in different orders; see test_llama.

@@ -1,0 +1,195 @@
+"""Attention over a cache of codes: which kernel runs, and why the others declined."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+
+from jaxq.kvcache.quantized import QuantizedLayer
+from jaxq.ops import Choice
+from pallas_kernels.target import Target
+from pallas_kernels.xla.cached_attention import cached_attention
+
+TPUS = ("v5e", "v5p", "v6e", "v7x")
+GPUS = ("sm_80", "sm_86", "sm_89", "sm_90")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """`softmax(cap(q k^T scale) + bias) v` over what a layer's cache holds.
+
+    Attributes:
+        q: `[B, T, heads, head_dim]`.
+        layer: codes and scales, those of the queries' own tokens included.
+        positions: `int[B, T]`, where the queries stand; negative for padding.
+        key_positions: `int[B, slots]`.
+        window: how many tokens back a query sees; None sees all.
+        scale: of the scores; None is `1 / sqrt(head_dim)`.
+        cap: bounds the scores.
+        bias: added to them, `[B or 1, heads, T or 1, slots]`.
+    """
+
+    q: jax.Array
+    layer: QuantizedLayer
+    positions: jax.Array
+    key_positions: jax.Array
+    window: int | None = None
+    scale: float | None = None
+    cap: float | None = None
+    bias: jax.Array | None = None
+
+    @property
+    def codes(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Keys, values, and the scales of both."""
+        layer = self.layer
+        return layer.keys, layer.values, layer.key_scales, layer.value_scales
+
+    @property
+    def lengths(self) -> jax.Array:
+        """How many slots of a row are filled, `int32[B]`."""
+        return jnp.sum(self.key_positions >= 0, axis=1, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One row of the table.
+
+    Attributes:
+        name: shown by `explain_cache`.
+        backends: where it may run.
+        declines: the reason it does not take a problem on a chip, or None.
+        run: `[B, T, heads, head_dim]` in the dtype of `q`.
+    """
+
+    name: str
+    backends: tuple[str, ...]
+    declines: Callable[[Problem, Target], str | None]
+    run: Callable[[Problem, Target], jax.Array]
+
+
+def attend(p: Problem) -> tuple[jax.Array, QuantizedLayer]:
+    """Return the attention, and the layer with the choice noted where it asks so."""
+    target = Target.here() if p.layer.target is None else p.layer.target
+    kernel, choice = choose(p, target)
+    noted, mixed = p.layer.choices, kernel.run(p, target)
+    if noted is None:
+        return mixed, p.layer
+    return mixed, dataclasses.replace(p.layer, choices=(*noted, choice))
+
+
+def choose(p: Problem, target: Target) -> tuple[Kernel, Choice]:
+    """Return the first kernel of a chip that takes the problem, and the record."""
+    declined: list[tuple[str, str]] = []
+    for kernel in KERNELS:
+        if target.backend not in kernel.backends:
+            continue
+        reason = kernel.declines(p, target)
+        if reason is None:
+            return kernel, Choice(kernel.name, tuple(declined))
+        declined.append((kernel.name, reason))
+    raise RuntimeError("the last kernel of the table must take every problem")
+
+
+def _unusual(p: Problem) -> str | None:
+    """Return what of the problem no kernel of a chip knows, or None."""
+    if p.q.shape[1] != 1:
+        return f"{p.q.shape[1]} tokens at once: it attends from one"
+    if p.bias is not None:
+        return "the scores have a bias (alibi)"
+    if p.cap is not None:
+        return f"the scores are capped at {p.cap}"
+    if p.window is not None and p.window < p.layer.slots:
+        return f"a token sees {p.window} tokens back, of {p.layer.slots} slots"
+    return _spread()
+
+
+def _spread() -> str | None:
+    """Return over how many devices the compiler splits arrays, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    if any(size > 1 and kind != AxisType.Manual for size, kind in kinds):
+        return "it runs on one device, and a mesh is in context: use jax.shard_map"
+    return None
+
+
+def _tpu_declines(p: Problem, target: Target) -> str | None:
+    if target.generation not in TPUS:
+        return f"not for {target.generation or 'this kind of tpu'}"
+    if p.layer.keys.dtype == jnp.uint8:
+        return "codes of 4 bits lie in bytes: make the cache for a tpu"
+    return _unusual(p)
+
+
+def _tpu_run(p: Problem, target: Target) -> jax.Array:
+    from pallas_kernels.tpu.decode_attention import decode_attention
+
+    out = decode_attention(
+        p.q[:, 0], *p.codes, p.lengths, scale=p.scale, interpret=target.interpret
+    )
+    return out[:, None]
+
+
+def _gpu_declines(p: Problem, target: Target) -> str | None:
+    if target.generation not in GPUS:
+        return f"not for {target.generation or 'this kind of gpu'}"
+    if p.layer.keys.dtype == jnp.int4:
+        return "codes are native int4: make the cache for a gpu"
+    channels = p.layer.keys.shape[3]
+    if channels < 16 or channels & (channels - 1):
+        return f"{channels} bytes per head are no power of two from 16 on"
+    if p.layer.slots % 64:
+        return f"{p.layer.slots} slots are no multiple of 64"
+    return _unusual(p)
+
+
+def _gpu_run(p: Problem, target: Target) -> jax.Array:
+    from pallas_kernels.gpu.decode_attention import TILES, decode_attention
+
+    batch, _, heads, width = p.q.shape
+    cached = p.layer.keys.shape[1]
+    tile = TILES[0]
+    # parts of whole steps, so that the cache need not be padded
+    steps = p.layer.slots // tile.tokens
+    parts = next(n for n in range(min(tile.parts, steps), 0, -1) if steps % n == 0)
+    keys, values = (
+        jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in p.codes[:2]
+    )
+    out = decode_attention(
+        p.q.reshape(batch, cached, heads // cached, width),
+        keys,
+        values,
+        *p.codes[2:],
+        jnp.maximum(p.lengths, 1),
+        bits=p.layer.spec.bits,
+        scale=p.scale,
+        tile=dataclasses.replace(tile, parts=parts),
+        interpret=bool(target.interpret),
+    )
+    return out.reshape(p.q.shape)
+
+
+def _xla_run(p: Problem, target: Target) -> jax.Array:
+    del target
+    return cached_attention(
+        p.q,
+        *p.codes,
+        p.positions,
+        p.key_positions,
+        p.lengths,
+        window=p.window,
+        scale=p.scale,
+        cap=p.cap,
+        bias=p.bias,
+    )
+
+
+# In order of preference. The last takes everything.
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("tpu.decode_attention", ("tpu",), _tpu_declines, _tpu_run),
+    Kernel("gpu.decode_attention", ("gpu",), _gpu_declines, _gpu_run),
+    Kernel(
+        "xla.cached_attention", ("cpu", "gpu", "tpu"), lambda p, target: None, _xla_run
+    ),
+)
