@@ -7,6 +7,7 @@ from typing import Any
 from jaxq.lift.program import Group, Key
 from jaxq.pipeline.evidence import Evidence
 from jaxq.pipeline.group import Outcome, solve_group
+from jaxq.pipeline.heap import give_back
 from jaxq.pipeline.journal import Journal
 from jaxq.pipeline.judge import Judge
 from jaxq.pipeline.store import Store
@@ -54,6 +55,7 @@ def run_blocks(
         mine = [outcome.evidence for outcome in outcomes.values()]
         journal.commit(name, dict(store.complete()), _state(here), mine)
         evidence += mine
+        give_back()
     return evidence
 
 
