@@ -39,7 +39,7 @@ def test_decode_keeps_up_with_the_memory(name, generation):
     assert e.schedule.bundles <= e.weight_clocks
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("name", ["W4A16 g128", "W4A16 g128, float32 scales"])
 def test_prefill_costs_what_bfloat16_costs(name, generation):
     # the same blocks, so bundles compare

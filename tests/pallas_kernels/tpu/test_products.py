@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.reference import Case
+
 MODULES = ("weight_only_decode", "weight_only_prefill", "quantized_activation")
 PLAIN = {
     "weight_only_decode": ("w4 g128, odd, zeros, stacked", "w4 g128, all options"),
@@ -39,9 +41,20 @@ def roundings(module: str, case) -> int:
 
 @pytest.mark.parametrize(("module", "case"), list(cases()))
 def test_product_is_the_reference_up_to_its_roundings(module, case):
+    check(module, case, roundings(module, case))
+
+
+def test_rounded_scales_are_one_more_rounding():
+    case = Case("w4 g64 zeros", 16, 512, 128, "int4", 64, zeros=True)
+    flags = {"through_bfloat16": True, "rounded_scales": True}
+    check("weight_only_prefill", case, 2, **flags)
+
+
+def check(module, case, rounded, **flags):
+    """Hold a product to how often its factors are rounded to bfloat16."""
     kernel = importlib.import_module(f"pallas_kernels.tpu.{module}")
     # small blocks: several of each kind, the last ones over the edge
-    tile = kernel.Tile(16, 128, 256 if case.group_rows < 64 else 512)
+    tile = kernel.Tile(16, 128, 256 if case.group_rows < 64 else 512, **flags)
     arguments, options = case.arrays(seed=7)
     run = jax.jit(
         lambda *a: getattr(kernel, module)(
@@ -58,7 +71,7 @@ def test_product_is_the_reference_up_to_its_roundings(module, case):
         np.abs(np.asarray(x, np.float32)) * np.abs(options.get("input_scale", 1)),
         jnp.abs(codes.astype(jnp.float32)), scales, zeros, layer, **plain
     )  # fmt: skip
-    each = roundings(module, case) * HALF_ULP + case.inner * 2.0**-24
+    each = rounded * HALF_ULP + case.inner * 2.0**-24
     slope = 1.1 if case.options else 1.0  # of silu, at most
     assert y.shape == (case.rows, case.columns)
     assert np.all(np.abs(y - exact) <= slope * each * np.asarray(terms) + 1e-6)
