@@ -90,11 +90,11 @@ def evidence_lines(found: Evidence) -> Iterator[Text]:
         yield Text("every weight: " + " · ".join(known), style="dim")
     if found.others:
         paths = [tensor.path for tensor in found.others]
-        yield Text(f"without data: {_listed(paths)}", style="dim")
+        yield Text(f"without data: {listed(paths)}", style="dim")
     for note, paths in found.notes.items():
-        yield Text(f"{_listed(paths)}: {note}", style="yellow")
+        yield Text(f"{listed(paths)}: {note}", style="yellow")
     for reason, paths in found.fallbacks.items():
-        yield Text.assemble(("fell back: ", "bold red"), f"{_listed(paths)}: {reason}")
+        yield Text.assemble(("fell back: ", "bold red"), f"{listed(paths)}: {reason}")
     for tensor in found.tensors:
         if tensor.idle:
             yield Text(
@@ -104,7 +104,7 @@ def evidence_lines(found: Evidence) -> Iterator[Text]:
             )
 
 
-def _listed(paths: Sequence[str]) -> str:
+def listed(paths: Sequence[str]) -> str:
     """Return the first few paths, and how many there are besides."""
     more = len(paths) - SHOWN_PATHS
     names = ", ".join(map(short, paths[:SHOWN_PATHS]))

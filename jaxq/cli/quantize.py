@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -9,6 +10,7 @@ import typer
 from rich.table import Table
 
 from jaxq.checkpoints.summary import inspect
+from jaxq.cli.evidence import listed
 from jaxq.cli.failures import FELL_BACK, guarded
 from jaxq.cli.options import (
     Debug,
@@ -24,6 +26,7 @@ from jaxq.convert import TARGETS, convert
 from jaxq.lm import load_model
 from jaxq.model import Model as AnyModel
 from jaxq.recipe import Recipe
+from jaxq.report import Evidence, read_evidence
 from jaxq.streaming import quantize_to
 
 SHOWN = 5
@@ -103,7 +106,7 @@ def quantize(  # noqa: PLR0913  one argument per option
     work = Work(output, chosen, text, group_size, force, resume)
     done = stream(lm, work) if to == "safetensors" else whole(lm, work, to)
     report(model, to, done, time.perf_counter() - start, as_json)
-    if done.fallbacks:
+    if done.evidence.fallbacks:
         raise typer.Exit(FELL_BACK)
 
 
@@ -128,7 +131,7 @@ class Done:
         recipe: the recipe, with the group size that was asked for.
         before: bytes and bits per weight of the float model.
         after: the same of the quantized one.
-        fallbacks: the weights that are not what the recipe asked for, and why.
+        evidence: of every quantized weight, by path, as plain data.
         resumed: how many blocks an earlier run had finished.
     """
 
@@ -136,7 +139,7 @@ class Done:
     recipe: str
     before: tuple[int, float]
     after: tuple[int, float]
-    fallbacks: dict[str, str]
+    evidence: Evidence
     resumed: int = 0
 
 
@@ -162,7 +165,7 @@ def stream(lm: AnyModel, work: Work) -> Done:
         written.recipe.name,
         (lm.nbytes, lm.bits_per_weight),
         (found.bytes, found.bits_per_weight),
-        written.fallbacks,
+        read_evidence({"evidence": written.evidence}),
         written.resumed,
     )
 
@@ -182,7 +185,7 @@ def whole(lm: AnyModel, work: Work, to: str) -> Done:
         small.recipe.name if small.recipe else work.recipe.name,
         (lm.nbytes, lm.bits_per_weight),
         (small.nbytes, small.bits_per_weight),
-        small.fallbacks,
+        read_evidence({"evidence": small.evidence}),
     )
 
 
@@ -199,7 +202,12 @@ def report(model: str, to: str, done: Done, seconds: float, as_json: bool) -> No
         "bytes_before": before,
         "seconds": round(seconds, 3),
         "resumed_blocks": done.resumed,
-        "fallbacks": done.fallbacks,
+        "fallbacks": {
+            tensor.path: tensor.fallback
+            for tensor in done.evidence.tensors
+            if tensor.fallback
+        },
+        "notes": done.evidence.notes,
     }
     if as_json:
         print_json(facts)
@@ -218,26 +226,37 @@ def report(model: str, to: str, done: Done, seconds: float, as_json: bool) -> No
         for name, value in rows:
             table.add_row(f"[dim]{name}[/]", value)
         results().print(table)
-    tell_fallbacks(done.fallbacks)
+    tell(done.evidence)
     hint = f"jaxq eval {done.path} --text TEXTFILE --reference {model}"
     if not as_json:
         errors().print(f"[dim]next:[/] {hint}", highlight=False)
 
 
-def tell_fallbacks(fallbacks: dict[str, str]) -> None:
-    """Say which weights are not what the recipe asked for."""
-    if not fallbacks:
-        return
-    shown = list(fallbacks.items())[:SHOWN]
-    more = len(fallbacks) - len(shown)
+def tell(evidence: Evidence) -> None:
+    """Say which weights are not what the recipe asked for, and what else to know."""
+    count = sum(map(len, evidence.fallbacks.values()))
+    if count:
+        errors().print(
+            f"[bold yellow]fell back:[/] {count} weights (exit code {FELL_BACK})"
+        )
+        _list(evidence.fallbacks)
+    if evidence.notes:
+        errors().print("[bold yellow]to know:[/]")
+        _list(evidence.notes)
+
+
+def _list(reasons: Mapping[str, Sequence[str]]) -> None:
+    """Print what is said of weights, and of which, the first few of each."""
     console = errors()
-    console.print(
-        f"[bold yellow]fell back:[/] {len(fallbacks)} weights (exit code {FELL_BACK})"
-    )
-    for path, why in shown:
-        console.print(f"  {path}: {why}", markup=False, highlight=False, soft_wrap=True)
-    if more:
-        console.print(f"  and {more} more: jaxq inspect --evidence", highlight=False)
+    for reason, paths in list(reasons.items())[:SHOWN]:
+        console.print(
+            f"  {listed(paths)}: {reason}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if len(reasons) > SHOWN:
+        console.print("  and more: jaxq inspect --evidence", highlight=False)
 
 
 def run_quantize(

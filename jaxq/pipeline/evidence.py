@@ -1,6 +1,8 @@
 """Evidence: for every quantized tensor, proof of what calibration did to it."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -46,8 +48,14 @@ class Evidence:
         return self.loss / self.rtn_loss
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, without what is not known."""
+        """Return plain data for JSON, without what is not known.
+
+        A loss that overflowed is not known: JSON has no word for infinity.
+        """
         fields = dataclasses.asdict(self)
+        for name in ("loss", "rtn_loss"):
+            if fields[name] is not None and not math.isfinite(fields[name]):
+                fields[name] = None
         fields["solver"] = fields.pop("method")
         kept = ("tokens", "loss", "rtn_loss", "damping", "order", "seconds", "fallback")
         return {
@@ -56,3 +64,28 @@ class Evidence:
             if name in (*kept, "solver") or value
             if name != "path"
         }
+
+
+def scarcity(tokens: int, inputs: int, experts: Sequence[int] = ()) -> str | None:
+    """Return what to say of a weight that saw less data than it has inputs, or None.
+
+    Its Gram matrix has then fewer directions than the weight: a loss near 0 on those
+    says nothing of others.
+
+    Example:
+        >>> scarcity(2, 256)
+        '2 tokens for 256 inputs: its loss says little; give more calibration data'
+        >>> scarcity(300, 256) is None
+        True
+    """
+    advice = "its loss says little; give more calibration data"
+    if not experts:
+        return (
+            f"{tokens} tokens for {inputs} inputs: {advice}"
+            if tokens < inputs
+            else None
+        )
+    few = sum(0 < count < inputs for count in experts)
+    if not few:
+        return None
+    return f"{few} experts saw fewer tokens than their {inputs} inputs: {advice}"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxq.lift.program import Group, Key, Meeting
 from jaxq.pipeline.activation import static_activation
-from jaxq.pipeline.evidence import Evidence
+from jaxq.pipeline.evidence import Evidence, scarcity
 from jaxq.pipeline.reparametrize import Change, Judge, changes_for
 from jaxq.pipeline.rows import Layout
 from jaxq.pipeline.solve import Task, losses, rounded, solve_task
@@ -69,8 +69,11 @@ def solve_group(
             outcome = _solve_one(task, seen, changes[key], stream, places[0])
             seconds = outcome.evidence.seconds + spent
             unpaired = floats is not None and meetings[0].product.groups > 0
+            notes = (outcome.evidence.note, UNPAIRED if unpaired else None)
             evidence = dataclasses.replace(
-                outcome.evidence, seconds=seconds, note=UNPAIRED if unpaired else None
+                outcome.evidence,
+                seconds=seconds,
+                note="; ".join(filter(None, notes)) or None,
             )
             out[key] = dataclasses.replace(outcome, evidence=evidence)
     return out
@@ -125,17 +128,19 @@ def _solve_one(
     if idle and fallback is None:
         fallback = _idle(idle)
     damping = solved.info.get("damping")
+    tokens = int(jnp.sum(seen.tokens))
     evidence = Evidence(
         str(task.key),
         task.rule.method,
-        int(jnp.sum(seen.tokens)),
+        tokens,
         float(loss),
         float(near),
         None if damping is None else float(jnp.max(damping)),
         dict(task.rule.options).get("order", _order(task.rule.solver)),
         time.perf_counter() - start,
         fallback,
-        experts=experts,
+        scarcity(tokens, statistics.gram.shape[-1], experts),
+        experts,
     )
     kept = statistics if task.rule.is_tuned else None
     return Outcome(q, evidence, compensated, kept)

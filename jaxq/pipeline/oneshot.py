@@ -13,7 +13,7 @@ from jaxq.lift import product_tapped
 from jaxq.lift.product import Product
 from jaxq.lift.program import Key
 from jaxq.pipeline.checks import is_constant
-from jaxq.pipeline.evidence import Evidence
+from jaxq.pipeline.evidence import Evidence, scarcity
 from jaxq.pipeline.rows import Layout
 from jaxq.pipeline.solve import Task, losses, rounded, solve_task
 from jaxq.pipeline.statistics import Seen, empty, merge, updated
@@ -119,15 +119,17 @@ def _solve(task: Task, seen: Seen | None, why: str) -> tuple[QTensor, Evidence]:
     loss, near = losses(task, q, statistics)
     ok = bool(jnp.all(solved.info.get("ok", jnp.asarray(True))))
     damping = solved.info.get("damping")
+    tokens = int(jnp.sum(seen.tokens))
+    scarce = scarcity(tokens, statistics.gram.shape[-1])
     return q, Evidence(
         name,
         method,
-        int(jnp.sum(seen.tokens)),
+        tokens,
         float(loss),
         float(near),
         None if damping is None else float(jnp.max(damping)),
         fallback=None if ok else "rounded to nearest: its Gram matrix is unusable",
-        note=NOTE.format(why=why),
+        note="; ".join(filter(None, (NOTE.format(why=why), scarce))),
     )
 
 

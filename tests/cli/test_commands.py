@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxq.cli.screen import print_json, size
 from jaxq.evaluate import evaluate_text
@@ -223,3 +225,36 @@ def test_convert_says_what_became_of_every_weight(jaxq, small, tmp_path):
     assert facts["lossless"] is False
     assert facts["counts"]["requantized"] == 14
     assert all(row["error"] < 0.1 for row in facts["rows"])
+
+
+def test_quantize_says_which_weights_fell_back_and_exits_with_3(
+    jaxq, tiny, text, tmp_path
+):
+    """The last feed-forward's activations are finite, and their squares are not."""
+    broken = shutil.copytree(tiny, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"][:] = 1e19
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-19
+    save_file(tensors, broken / "model.safetensors")
+    arguments = ["--recipe", "w4a16-gptq", "--calibration", text, "--group-size", 32]
+    ran = jaxq("quantize", broken, "-o", tmp_path / "out", *arguments)
+    assert ran.exit_code == 3, ran.output
+    assert "fell back: 3 weights (exit code 3)" in ran.stderr
+    assert (
+        "layers_1/mlp/gate_proj, layers_1/mlp/up_proj, layers_1/mlp/down_proj: rounded "
+        "to nearest: its Gram matrix is not finite"
+    ) in ran.stderr
+    assert len(load_model(tmp_path / "out").fallbacks) == 3
+
+
+def test_quantize_says_that_it_saw_too_little(jaxq, tiny, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("import os\n")
+    arguments = ["--recipe", "w4a16-gptq", "--calibration", short, "--json"]
+    ran = jaxq("quantize", tiny, "-o", tmp_path / "out", *arguments)
+    assert ran.exit_code == 0, ran.output
+    told = json.loads(ran.stdout)["notes"]
+    advice = "its loss says little; give more calibration data"
+    counts = {f"10 tokens for {n} inputs: {advice}": k for n, k in ((64, 12), (128, 2))}
+    assert {note: len(paths) for note, paths in told.items()} == counts
+    assert f"10 tokens for 64 inputs: {advice}" in ran.stderr

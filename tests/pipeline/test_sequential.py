@@ -411,7 +411,10 @@ def test_one_token_is_enough_to_do_something_sound():
     (row,) = done.evidence
     assert row.tokens == 1
     assert row.loss <= row.rtn_loss
+    assert row.note.startswith("1 tokens for 8 inputs: its loss says little")
     assert bool(jnp.all(jnp.isfinite(done.params["a"].dequantize())))
+    (row,) = quantize_with_evidence(weights("a"), GPTQ, single, data()).evidence
+    assert row.note is None
 
 
 def test_dead_channels_are_rounded_to_nearest():
