@@ -1,5 +1,6 @@
 """Converting between formats: what stays exact, what is refused, what is lost."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -87,6 +88,32 @@ def test_shards_their_index_and_side_files(tmp_path):
     np.testing.assert_array_equal(
         _logits(jaxq.load_model(out)), _logits(jaxq.load_model(GPTQ))
     )
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_gptq_is_v1_unless_a_zero_point_is_0(tmp_path, lm, zero):
+    """Which is known at the last layer only, when other shards are written already."""
+    asymmetric = jaxq.QuantSpec("uint4", 32, symmetric=False, scale="bfloat16")
+    rules = (
+        jaxq.Rule("*layers_1*kernel", asymmetric),
+        jaxq.Rule("*layers_0*kernel", jaxq.QuantSpec("int4", 32, scale="bfloat16")),
+        jaxq.Rule("*"),
+    )
+    params = jax.tree.map(lambda a: a, lm.params)
+    if zero:
+        last = params["params"]["layers_1"]["mlp"]["down_proj"]
+        last["kernel"] = jnp.abs(last["kernel"])
+    small = dataclasses.replace(lm, params=params).quantize(jaxq.Recipe("mine", rules))
+    done = jaxq.convert(small, tmp_path / "out", "gptq", shard_bytes=10_000)
+    assert done.lossless
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = config["quantization_config"]
+    assert config["checkpoint_format"] == ("gptq_v2" if zero else "gptq")
+    assert ("gptqmodel:0.9.0" in config["meta"]["quantizer"]) is not zero
+    stored = _tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.qzeros"]
+    assert set(stored.view(np.uint32).flat) == {0x88888888 if zero else 0x77777777}
+    again = jaxq.load_model(tmp_path / "out")
+    np.testing.assert_array_equal(_logits(small), _logits(again))
 
 
 def test_what_cannot_be_expressed_is_refused_and_nothing_is_written(tmp_path):

@@ -22,7 +22,8 @@ class AWQWriter(Writer):
     """Writes AWQ layers."""
 
     def __init__(self) -> None:
-        self.group: int | None = None
+        self.group: int | None = None  # of layers that have several
+        self.whole: set[int] = set()  # lengths of layers that are one group
         self.floats: list[str] = []
 
     def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
@@ -31,30 +32,39 @@ class AWQWriter(Writer):
         refuse_order(w)
         rows, columns = w.shape
         if found.bits != 4:
-            raise UnsupportedError(f"AWQ has 4 bits, and it {found.bits}")
+            raise UnsupportedError(f"AWQ has 4 bits, and it has {found.bits}")
         if columns % 32 or rows % found.group:
             raise UnsupportedError(
                 f"AWQ needs outputs in multiples of 32 and whole groups, and it is "
                 f"{rows} to {columns} in groups of {found.group}"
             )
-        group = -1 if found.group >= rows else found.group
-        if self.group not in (None, group):
+        group = None if found.group >= rows else found.group
+        whole = self.whole | ({rows} if group is None else set())
+        if group and self.group not in (None, group):
             raise UnsupportedError(
                 f"AWQ has one group size for all layers, {self.group} here, and it has "
                 f"{group}"
             )
-        self.group = group
-        return {
+        group = self.group or group
+        if group and whole - {group}:
+            raise UnsupportedError(
+                f"AWQ has one group size for all layers, {group} here, and another "
+                f"layer is one group of {min(whole - {group})}"
+            )
+        tensors = {
             f"{module}.qweight": packed(found.codes),
             f"{module}.qzeros": packed(found.zeros),
             f"{module}.scales": half_scales(w, found.scales),
-        }, refuse_activation(w)
+        }
+        self.group, self.whole = group, whole
+        return tensors, refuse_activation(w)
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: 4 bits, zero points, groups of 128."""
         del dtype
-        usual = 128 if self.group is None else self.group
-        group = usual if usual > 0 and shape[0] % usual == 0 else "channel"
+        usual = self.group or 128
+        whole = shape[0] % usual or (self.whole and self.group is None)
+        group = "channel" if whole else usual
         return QuantSpec("uint4", group, symmetric=False, scale="float16")
 
     def config(self) -> dict[str, Any]:
@@ -62,7 +72,7 @@ class AWQWriter(Writer):
         return {
             "quant_method": "awq",
             "bits": 4,
-            "group_size": self.group,
+            "group_size": self.group or -1,
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": sorted(self.floats) or None,

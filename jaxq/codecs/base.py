@@ -48,9 +48,11 @@ class Writer(Protocol):
 
     Attributes:
         floats: the layers whose weights stay float.
+        late: endings of the tensors that are not final before all layers are known.
     """
 
     floats: list[str]
+    late: tuple[str, ...] = ()
 
     def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
         """Return the tensors that stand for a weight, and what they leave out.
@@ -64,7 +66,10 @@ class Writer(Protocol):
         self.floats.append(module)
 
     def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor as it is stored, now that all layers are known."""
+        """Return a late tensor as it is stored, now that all layers are known.
+
+        Its dtype and shape are what they were.
+        """
         del name
         return tensor
 

@@ -13,6 +13,7 @@ from jaxq.checkpoints import safetensors
 from jaxq.checkpoints.errors import ExistsError, UnsupportedError
 from jaxq.checkpoints.huggingface import INDEX, SINGLE
 from jaxq.codecs.base import Writer
+from jaxq.codecs.source import SafetensorsSource
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.spec import QuantSpec
 
@@ -35,16 +36,10 @@ class Shards:
     Args:
         folder: an empty one.
         limit: bytes of a shard; a larger tensor gets one of its own.
-        finish: applied to a tensor as it is written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        limit: int,
-        finish: Callable[[str, np.ndarray], np.ndarray] | None = None,
-    ) -> None:
-        self.folder, self.limit, self.finish = folder, limit, finish
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
         self.held: dict[str, np.ndarray] = {}
         self.bytes = 0
         self.files: list[dict[str, int]] = []
@@ -57,9 +52,17 @@ class Shards:
         self.held |= tensors
         self.bytes += size
 
-    def close(self) -> None:
-        """Write what is left, name the files and, if there are several, the index."""
+    def close(self, writer: Writer | None = None) -> None:
+        """Write what is left, name the files and, if there are several, the index.
+
+        Args:
+            writer: of the quantized layers, which knows them all now.
+        """
         self._write()
+        if writer is not None:
+            for i, names in enumerate(self.files):
+                late = [name for name in names if name.endswith(writer.late)]
+                rewrite(self.folder / _partial(i), late, writer.finish)
         count, where = len(self.files), {}
         for i, names in enumerate(self.files):
             name = f"model-{i + 1:05}-of-{count:05}.safetensors"
@@ -77,15 +80,25 @@ class Shards:
             name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
             for name, tensor in self.held.items()
         }
-        safetensors.write(
-            self.folder / _partial(len(self.files)), tensors, self._fetch, METADATA
-        )
+        path = self.folder / _partial(len(self.files))
+        safetensors.write(path, tensors, self.held.__getitem__, METADATA)
         self.files.append({name: t.nbytes for name, t in self.held.items()})
         self.held, self.bytes = {}, 0
 
-    def _fetch(self, name: str) -> np.ndarray:
-        tensor = self.held[name]
-        return tensor if self.finish is None else self.finish(name, tensor)
+
+def rewrite(
+    path: Path, names: list[str], change: Callable[[str, np.ndarray], np.ndarray]
+) -> None:
+    """Change the numbers of some tensors of a safetensors file where they lie."""
+    if not names:
+        return
+    header = safetensors.read_header(path)
+    source = SafetensorsSource(dict.fromkeys(names, header))
+    with path.open("rb+") as file:
+        for name in names:
+            tensor = source.read(name)
+            file.seek(header.start + header.entries[name].start)
+            file.write(change(name, tensor).astype(tensor.dtype).tobytes())
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -135,7 +148,7 @@ class SafetensorsSink:
 
     def __init__(self, folder: Path, writer: Writer | None, limit: int) -> None:
         self.folder, self.writer = folder, writer
-        self.shards = Shards(folder, limit, None if writer is None else writer.finish)
+        self.shards = Shards(folder, limit)
 
     def quantized(self, module: str, w: Unpacked) -> str:
         """Write a quantized layer; return a note.
@@ -163,7 +176,7 @@ class SafetensorsSink:
 
     def close(self, config: Mapping[str, Any]) -> None:
         """Write what is left, the index and the config."""
-        self.shards.close()
+        self.shards.close(self.writer)
         about = {} if self.writer is None else {
             "quantization_config": self.writer.config()
         }  # fmt: skip

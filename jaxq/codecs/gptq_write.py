@@ -1,7 +1,7 @@
-"""Write GPTQ checkpoints: v1 where all is symmetric, else v2.
+"""Write GPTQ checkpoints: v1, or v2 where a zero point is 0.
 
-GPTQModel refuses asymmetric v1 files of other writers, since some of those were damaged
-where a zero point is 0; v2 stores zero points as they are.
+v1, which every engine reads, stores zero points less one. It has no 0: what writers
+made of one differs, and damaged the fields beside it. v2 stores them as they are.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from jaxq.codecs.base import Writer
 from jaxq.codecs.gptq import BITS, ONES
 from jaxq.codecs.integers import half_scales, integers_of, refuse_activation
 from jaxq.codecs.unpacked import Unpacked
-from jaxq.codecs.words import pack_stream
+from jaxq.codecs.words import pack_stream, unpack_stream
 from jaxq.spec import QuantSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The settings of one layer that was written."""
+    """The settings of one layer that was written; a group of -1 is the whole input."""
 
     bits: int
     group: int
@@ -30,20 +30,30 @@ class Written:
     reordered: bool
 
 
+# GPTQModel takes asymmetric v1 files only of writers that say they are this: no field
+# of theirs borrows from the next, as fields of AutoGPTQ's zero points did.
+SOUND_V1 = "gptqmodel:0.9.0"
+
+
 class GPTQWriter(Writer):
     """Writes GPTQ layers, and remembers their settings for the config."""
 
+    late = (".qzeros",)
+
     def __init__(self) -> None:
         self.layers: dict[str, Written] = {}
+        self.rows: dict[str, int] = {}
         self.floats: list[str] = []
-        self.version = "v1"
+        self.has_zero = False  # among the zero points
 
     def write(self, module: str, w: Unpacked) -> tuple[dict[str, np.ndarray], str]:
         """Return the tensors of a layer, zero points as v2 has them, and a note."""
         found = integers_of(w)
         rows, columns = w.shape
         if found.bits not in BITS:
-            raise UnsupportedError(f"GPTQ has 2, 3, 4 and 8 bits, and it {found.bits}")
+            raise UnsupportedError(
+                f"GPTQ has 2, 3, 4 and 8 bits, and it has {found.bits}"
+            )
         if rows % 32 or columns % 32:
             raise UnsupportedError(
                 f"GPTQ needs sizes that are multiples of 32, and it is {rows} to "
@@ -54,27 +64,23 @@ class GPTQWriter(Writer):
         if w.index is not None:
             back = np.argsort(w.index)
             codes, groups = codes[back], groups[back]
-        group = -1 if found.group >= rows else found.group
-        layer = Written(found.bits, group, found.symmetric, w.index is not None)
-        self.layers[module] = layer
-        return {
+        tensors = {
             f"{module}.qweight": pack_stream(codes, found.bits, 0),
             f"{module}.qzeros": pack_stream(found.zeros, found.bits, 1),
             f"{module}.scales": half_scales(w, found.scales),
             f"{module}.g_idx": np.ascontiguousarray(groups),
-        }, refuse_activation(w)
+        }
+        group = -1 if found.group >= rows else found.group
+        layer = Written(found.bits, group, found.symmetric, w.index is not None)
+        self.layers[module], self.rows[module] = layer, rows
+        self.has_zero |= bool((found.zeros == 0).any())
+        return tensors, refuse_activation(w)
 
     def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor as the version of the whole checkpoint has it."""
-        if not name.endswith(".qzeros") or not self.symmetric:
+        """Return zero points as the version of the whole checkpoint has them."""
+        if self.has_zero:
             return tensor
-        bits = self.layers[name.removesuffix(".qzeros")].bits
-        return minus_one(tensor, bits)
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether every layer is, so that v1 is written."""
-        return all(layer.symmetric for layer in self.layers.values())
+        return minus_one(tensor, self.layers[name.removesuffix(".qzeros")].bits)
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: 4 bits, symmetric, groups of 128."""
@@ -83,10 +89,9 @@ class GPTQWriter(Writer):
 
     def config(self) -> dict[str, Any]:
         """Return the quantization config: what most layers have, and overrides."""
-        counted = Counter(
-            layer for name, layer in self.layers.items() if name != "lm_head"
-        )
-        usual = (counted or Counter(self.layers.values())).most_common(1)[0][0]
+        layers = self._alike()
+        counted = Counter(layer for name, layer in layers.items() if name != "lm_head")
+        usual = (counted or Counter(layers.values())).most_common(1)[0][0]
         dynamic: dict[str, Any] = {
             f"-:^{re.escape(name)}$": {} for name in self.floats if name != "lm_head"
         }
@@ -97,22 +102,34 @@ class GPTQWriter(Writer):
                 "sym": layer.symmetric,
                 "desc_act": layer.reordered,
             }
-            for name, layer in self.layers.items()
+            for name, layer in layers.items()
             if layer != usual
         }
-        stored = "gptq" if self.symmetric else "gptq_v2"
+        stored = "gptq_v2" if self.has_zero else "gptq"
+        symmetric = all(layer.symmetric for layer in layers.values())
+        sound = not (symmetric or self.has_zero)
         return {
             "quant_method": "gptq",
             "bits": usual.bits,
             "group_size": usual.group,
-            "sym": self.symmetric,
-            "desc_act": any(layer.reordered for layer in self.layers.values()),
-            "lm_head": "lm_head" in self.layers,
+            "sym": symmetric,
+            "desc_act": any(layer.reordered for layer in layers.values()),
+            "lm_head": "lm_head" in layers,
             "checkpoint_format": stored,
             "format": stored,
             "pack_dtype": "int32",
-            "meta": {"quantizer": ["jaxq"]},
+            "meta": {"quantizer": ["jaxq", SOUND_V1] if sound else ["jaxq"]},
             **({"dynamic": dynamic} if dynamic else {}),
+        }
+
+    def _alike(self) -> dict[str, Written]:
+        """Return the settings; of what is one group, as long ones are, their size."""
+        sizes = {layer.group for layer in self.layers.values()}
+        return {
+            name: dataclasses.replace(layer, group=self.rows[name])
+            if layer.group == -1 and self.rows[name] in sizes
+            else layer
+            for name, layer in self.layers.items()
         }
 
 
@@ -120,8 +137,6 @@ def minus_one(words: np.ndarray, bits: int) -> np.ndarray:
     """Return zero points less one, as v1 has them: of words that fields fill, whole."""
     if bits in ONES:
         return (words.view(np.uint32) - np.uint32(ONES[bits])).view(np.int32)
-    from jaxq.codecs.words import unpack_stream
-
     zeros = unpack_stream(words, bits, 1, words.shape[1] * 32 // bits)
     return pack_stream((zeros - np.uint8(1)) & np.uint8(2**bits - 1), bits, 1)
 

@@ -8,6 +8,8 @@ import pytest
 
 from jaxq.codecs.base import Dense
 from jaxq.codecs.table import CODECS
+from jaxq.codecs.unpacked import Unpacked
+from jaxq.spec import QuantSpec
 from tests.codecs.excerpts import NAMES, load
 
 WRITABLE = {
@@ -81,7 +83,10 @@ def test_a_layer_written_again_is_the_same(name):
             continue
         tensors, note = writer.write(module, layer)
         assert not note
-        tensors = {n: writer.finish(n, t) for n, t in tensors.items()}
+        tensors = {
+            n: writer.finish(n, t) if n.endswith(writer.late) else t
+            for n, t in tensors.items()
+        }
         source = Memory(tensors)
         again = codec.read(writer.config(), source).read(module, shape)
         again = dataclasses.replace(again, dtype=again.dtype or layer.dtype)
@@ -94,7 +99,7 @@ def test_a_layer_written_again_is_the_same(name):
 
 
 def _compare_bytes(excerpt, module, tensors, writer):
-    version = "gptq" if not hasattr(writer, "version") else writer.config()["format"]
+    version = writer.config().get("format", "gptq")
     stored = excerpt.config.get("checkpoint_format", "gptq")
     for name, tensor in tensors.items():
         if "quant_state" in name:
@@ -104,7 +109,7 @@ def _compare_bytes(excerpt, module, tensors, writer):
             continue
         original = excerpt.source.read(name)
         if name.endswith("qzeros") and version != stored:
-            continue  # asymmetric layers are written as v2
+            continue  # v1 where no zero point is 0, whatever it was
         if original.dtype != tensor.dtype:
             assert name.endswith(("scale", "scale_inv", "weight_scale"))
             tensor = tensor.astype(original.dtype)
@@ -121,6 +126,66 @@ def test_what_cannot_be_expressed_is_refused_with_a_reason(codec):
     )
     with pytest.raises(ValueError, match="offset"):
         codec.write().write(module, odd)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_refused_layer_leaves_no_settings(name):
+    """That scales do not fit 16 bits is found out last, and a head then stays float."""
+    _, _, layer = next(_layers("", load("awq-autoawq_gemm_g32")))
+    thirds = layer.scales.astype(np.float32) / 3
+    spec = dataclasses.replace(layer.spec, scale="float32")
+    odd = dataclasses.replace(layer, scales=thirds, spec=spec)
+    write = CODECS[name].write
+    assert write is not None
+    writer = write()
+    with pytest.raises(ValueError, match="16 bits would round"):
+        writer.write("lm_head", odd)
+    assert vars(writer) == vars(write())
+
+
+def _layer(rows, group):
+    rng = np.random.default_rng(rows + group)
+    return Unpacked(
+        codes=rng.integers(0, 16, (rows, 32), np.uint8),
+        scales=rng.uniform(0.5, 1, (rows // group, 32)).astype(np.float16),
+        spec=QuantSpec("uint4", group, symmetric=False, scale="float16"),
+        block=(group, 1),
+        dtype=np.dtype("float16"),
+        zeros=rng.integers(1, 16, (rows // group, 32), np.uint8),
+    )
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_layer_of_one_group_has_the_size_of_the_others(name, first):
+    codec = CODECS[name]
+    assert codec.write is not None
+    writer = codec.write()
+    layers = {"long": _layer(64, 32), "short": _layer(32, 32)}
+    tensors = {}
+    for module in sorted(layers, reverse=bool(first)):
+        tensors |= writer.write(module, layers[module])[0]
+    config = writer.config()
+    assert config["group_size"] == 32
+    assert "dynamic" not in config
+    stored = {
+        n: writer.finish(n, t) if n.endswith(writer.late) else t
+        for n, t in tensors.items()
+    }
+    for module, layer in layers.items():
+        again = codec.read(config, Memory(stored)).read(module, layer.shape[::-1])
+        np.testing.assert_array_equal(again.codes, layer.codes)
+        np.testing.assert_array_equal(again.zeros, layer.zeros)
+    if name == "awq":  # GPTQ says so for each layer
+        for other, message in (
+            (_layer(96, 96), "one group of 96"),
+            (_layer(64, 16), "16"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                writer.write("other", other)
+    else:
+        writer.write("other", _layer(96, 96))
+        assert writer.config()["dynamic"]["+:^other$"]["group_size"] == -1
 
 
 def test_writers_are_made_anew():
