@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
@@ -47,6 +48,33 @@ def main(root: Path) -> None:
             continue
         cut(folder.relative_to(root).as_posix(), model, json.loads(digests.read_text()))
     blocks(root / "gguf_raw" / "all_types")
+    awq_layouts(root / "awq_raw" / "gemv")
+
+
+def awq_layouts(folder: Path) -> None:
+    """Write single layers that AutoAWQ packed for its other kernels.
+
+    What gemv_fast rounds of its zero points is not what it dequantizes to, so its
+    weight is kept, too.
+    """
+    manifest = json.loads((folder / "manifest.json").read_text())
+    expected = load_file(folder / "ref" / "dequant.safetensors")
+    source = SafetensorsSource.of(folder)
+    for case in manifest["cases"]:
+        name, config = case["name"], {"quant_method": "awq", "bits": 4}
+        config |= {"group_size": case["group_size"], "version": case["version"]}
+        weight = expected[f"{name}.weight"]
+        parts = [f"{name}.{suffix}" for suffix in ("qweight", "qzeros", "scales")]
+        about = {"dtype": "F16", "shape": weight.shape, "sha256": digest(weight)}
+        stem = DATA / f"awq_raw-{name}"
+        write_raw(
+            stem.with_suffix(".safetensors"),
+            {p: (source.entry(p)[0], source.read(p)) for p in parts},
+            {},
+        )
+        _describe(stem, manifest, config, {f"{name}.weight": about})
+        if case["version"] == "gemv_fast":
+            np.save(stem.with_suffix(".npy"), weight)
 
 
 def blocks(folder: Path) -> None:
@@ -84,14 +112,19 @@ def cut(name: str, model: Path, digests: dict[str, dict[str, object]]) -> None:
     kept = {f"{module}.weight" for module in modules}
     metadata = {k: v for k, v in source.metadata.items() if k in kept}
     manifest = json.loads((model.parent / "manifest.json").read_text())
+    stem = DATA / name.replace("/", "-")
+    write_raw(stem.with_suffix(".safetensors"), tensors, metadata)
+    weights = {n: digests[n] for n in sorted(kept)}
+    _describe(stem, manifest, find_config(model, config), weights)
+
+
+def _describe(stem: Path, manifest: Any, config: Any, weights: Any) -> None:
     about = {
         "written_by": manifest.get("written_by", ""),
         "versions": manifest.get("versions", {}),
-        "quantization_config": find_config(model, config),
-        "weights": {n: digests[n] for n in sorted(kept)},
+        "quantization_config": config,
+        "weights": weights,
     }
-    stem = DATA / name.replace("/", "-")
-    write_raw(stem.with_suffix(".safetensors"), tensors, metadata)
     stem.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from jaxq.codecs.base import Dense
 from jaxq.codecs.unpacked import Unpacked
-from tests.codecs.excerpts import DTYPES, NAMES, digest, load
+from tests.codecs.excerpts import DATA, DTYPES, NAMES, digest, load
 
 # What no `QTensor` expresses, and the reason that is given.
 DEQUANTIZED = {
+    "awq_raw-fast_g128": "gemv_fast stores zero points as rounded floats",
     "bitsandbytes-fp4_double_bias": "blocks of 64 run across rows of 96",
     "bitsandbytes-nf4_double_fp16": "blocks of 64 run across rows of 96",
     "hqq-native_b3_g64_axis0": "its groups are strided",
@@ -49,7 +50,14 @@ def test_dequantized_weights_are_the_librarys(name):
             found = dataclasses.replace(found, dtype=found.dtype or dtype)
             values = np.asarray(found.tensor().dequantize(dtype)).T
         assert values.dtype == dtype
-        if name == "bitsandbytes-int8":  # (q · SCB) · (1/127) there, q · (SCB/127) here
+        if name == "awq_raw-fast_g128":  # its zero points times scales are rounded
+            packed = np.load(DATA / f"{name}.npy").astype(np.float32)
+            step = excerpt.source.read("fast_g128.scales").max() * 16
+            np.testing.assert_allclose(values, packed, atol=1e-3 * step)
+            assert np.abs(packed).max() > step / 4
+        elif (
+            name == "bitsandbytes-int8"
+        ):  # (q · SCB) · (1/127) there, q · (SCB/127) here
             largest = excerpt.source.read(weight.replace("weight", "SCB"))
             codes = found.codes.view(np.int8).astype(np.float32)
             exact = (codes * largest * np.float32(1 / 127)).T
