@@ -201,16 +201,18 @@ class Model:
         tokens.
 
         Raises:
-            ValueError: on an empty text, an array of another rank, or tokens that the
-                model does not know.
+            ValueError: on an empty text, an array of another rank, sequences longer
+                than the model's context, or tokens that the model does not know.
+            TypeError: on anything else.
         """
-        if isinstance(calibration, str):
-            calibration = [calibration]
+        context = int(self.config.context)
         if isinstance(calibration, np.ndarray | jax.Array):
-            return _checked_tokens(np.asarray(calibration), self.config.vocab_size)
-        stream = [self.tokens_of(text) for text in calibration]
+            return _checked_tokens(
+                np.asarray(calibration), self.config.vocab_size, context
+            )
+        stream = [self.tokens_of(text) for text in _texts(calibration)]
         tokens = np.concatenate(stream) if stream else np.zeros(0, np.int32)
-        length = min(CALIBRATION_TOKENS, int(self.config.context))
+        length = min(CALIBRATION_TOKENS, context)
         return cut_windows(tokens, length, CALIBRATION_SEQUENCES)
 
     def save(
@@ -297,12 +299,31 @@ def _batches(tokens: np.ndarray) -> list[jax.Array]:
     return [jnp.asarray(tokens[i : i + rows]) for i in starts]
 
 
-def _checked_tokens(tokens: np.ndarray, vocab: int) -> np.ndarray:
+def _texts(calibration: str | Sequence[str]) -> Sequence[str]:
+    """Return the texts, or raise where something else was given."""
+    texts = [calibration] if isinstance(calibration, str) else calibration
+    is_sequence = isinstance(texts, Sequence) and not isinstance(texts, bytes)
+    wrong = [t for t in texts if not isinstance(t, str)] if is_sequence else [texts]
+    if wrong:
+        raise TypeError(
+            f"calibration holds {type(wrong[0]).__name__}: give a text, a list of "
+            f"texts, or an array of integers [sequences, tokens] (of a file, give "
+            f"what it holds: Path(...).read_text())"
+        )
+    return texts
+
+
+def _checked_tokens(tokens: np.ndarray, vocab: int, context: int) -> np.ndarray:
     """Return tokens as ``int32[sequences, tokens]`` that the model knows."""
     if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"calibration is {tokens.dtype}{list(tokens.shape)}: give a text, texts, "
             f"or integers [sequences, tokens]"
+        )
+    if tokens.shape[1] > context:
+        raise ValueError(
+            f"calibration has sequences of {tokens.shape[1]} tokens, and the model "
+            f"reads at most {context} at once: cut them into shorter ones"
         )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab:

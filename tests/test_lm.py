@@ -163,10 +163,26 @@ def test_calibration_tokens(lm, calibration, shape):
         (np.zeros(3, np.int32), r"int32\[3\]: give a text"),
         (np.full((1, 4), 258), "token 258.*knows 0 to 257"),
         (np.full((1, 4), -1), "token -1"),
+        (np.zeros((1, 65), np.int32), "65 tokens, and the model reads at most 64"),
     ],
 )
 def test_refuses_calibration(lm, calibration, said):
     with pytest.raises(ValueError, match=said):
+        lm.calibration_tokens(calibration)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "name"),
+    [
+        ({"input_ids": np.ones((2, 8), np.int32)}, "dict"),
+        ([np.ones(8, np.int32)], "ndarray"),
+        ([TEXT, b"bytes"], "bytes"),
+        (b"bytes", "bytes"),
+        (3, "int"),
+    ],
+)
+def test_refuses_what_is_no_calibration(lm, calibration, name):
+    with pytest.raises(TypeError, match=f"calibration holds {name}: give a text"):
         lm.calibration_tokens(calibration)
 
 
