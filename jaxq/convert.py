@@ -145,7 +145,8 @@ def convert(
         source: a model, or what `jaxq.load_model` takes.
         path: the folder to make.
         to: one of `TARGETS`: ``jaxq``, ``float``, ``gptq``, ``awq``,
-            ``compressed-tensors``, ``bitsandbytes``, ``fp8``, ``gguf``, ``gguf-q4_0``.
+            ``auto-round``, ``compressed-tensors``, ``bitsandbytes``, ``fp8``, ``gguf``,
+            ``gguf-q4_0``.
         requantize: whether weights that the target cannot express are rounded anew.
         overwrite: whether a model's folder at ``path`` is replaced.
         shard_bytes: the limit of one file.

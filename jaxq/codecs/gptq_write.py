@@ -78,9 +78,14 @@ class GPTQWriter(Writer):
 
     def finish(self, name: str, tensor: np.ndarray) -> np.ndarray:
         """Return zero points as the version of the whole checkpoint has them."""
-        if self.has_zero:
+        if not self.less_one:
             return tensor
         return minus_one(tensor, self.layers[name.removesuffix(".qzeros")].bits)
+
+    @property
+    def less_one(self) -> bool:
+        """Whether zero points are stored less one, as v1 has them."""
+        return not self.has_zero
 
     def nearest(self, shape: tuple[int, int], dtype: Any) -> QuantSpec:
         """Return what to requantize with: 4 bits, symmetric, groups of 128."""
@@ -89,9 +94,8 @@ class GPTQWriter(Writer):
 
     def config(self) -> dict[str, Any]:
         """Return the quantization config: what most layers have, and overrides."""
-        layers = self._alike()
-        counted = Counter(layer for name, layer in layers.items() if name != "lm_head")
-        usual = (counted or Counter(layers.values())).most_common(1)[0][0]
+        usual, others = self.usual()
+        layers = self.layers.values()
         dynamic: dict[str, Any] = {
             f"-:^{re.escape(name)}$": {} for name in self.floats if name != "lm_head"
         }
@@ -102,19 +106,18 @@ class GPTQWriter(Writer):
                 "sym": layer.symmetric,
                 "desc_act": layer.reordered,
             }
-            for name, layer in layers.items()
-            if layer != usual
+            for name, layer in others.items()
         }
-        stored = "gptq_v2" if self.has_zero else "gptq"
-        symmetric = all(layer.symmetric for layer in layers.values())
-        sound = not (symmetric or self.has_zero)
+        stored = "gptq" if self.less_one else "gptq_v2"
+        symmetric = all(layer.symmetric for layer in layers)
+        sound = self.less_one and not symmetric
         return {
             "quant_method": "gptq",
             "bits": usual.bits,
             "group_size": usual.group,
             "sym": symmetric,
-            "desc_act": any(layer.reordered for layer in layers.values()),
-            "lm_head": "lm_head" in layers,
+            "desc_act": any(layer.reordered for layer in layers),
+            "lm_head": "lm_head" in self.layers,
             "checkpoint_format": stored,
             "format": stored,
             "pack_dtype": "int32",
@@ -122,15 +125,21 @@ class GPTQWriter(Writer):
             **({"dynamic": dynamic} if dynamic else {}),
         }
 
-    def _alike(self) -> dict[str, Written]:
-        """Return the settings; of what is one group, as long ones are, their size."""
+    def usual(self) -> tuple[Written, dict[str, Written]]:
+        """Return what most layers have, and the settings of the others by name.
+
+        A layer of one group, as long as the others' groups are, counts as theirs.
+        """
         sizes = {layer.group for layer in self.layers.values()}
-        return {
+        layers = {
             name: dataclasses.replace(layer, group=self.rows[name])
             if layer.group == -1 and self.rows[name] in sizes
             else layer
             for name, layer in self.layers.items()
         }
+        counted = Counter(layer for name, layer in layers.items() if name != "lm_head")
+        most = (counted or Counter(layers.values())).most_common(1)[0][0]
+        return most, {name: layer for name, layer in layers.items() if layer != most}
 
 
 def minus_one(words: np.ndarray, bits: int) -> np.ndarray:

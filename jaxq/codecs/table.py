@@ -16,6 +16,7 @@ from jaxq.codecs import (
     modelopt,
     torchao,
 )
+from jaxq.codecs.autoround_write import AutoRoundWriter
 from jaxq.codecs.awq_write import AWQWriter
 from jaxq.codecs.base import Codec
 from jaxq.codecs.bitsandbytes_write import BitsAndBytesWriter
@@ -39,7 +40,12 @@ CODECS: dict[str, Codec] = {
         Codec("modelopt", ("modelopt", "modelopt_fp4"), modelopt.read),
         Codec("torchao", ("torchao",), torchao.read),
         Codec("hqq", ("hqq",), hqq.read),
-        Codec("auto-round", ("auto-round", "intel/auto-round"), autoround.read),
+        Codec(
+            "auto-round",
+            ("auto-round", "intel/auto-round"),
+            autoround.read,
+            AutoRoundWriter,
+        ),
     )
 }
 

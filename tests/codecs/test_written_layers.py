@@ -18,9 +18,12 @@ WRITABLE = {
     "compressed_tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
     "fp8_block": "fp8",
+    "autoround": "auto-round",
 }
 # What another packing or spelling stores: same numbers, other bytes.
 OTHER_BYTES = {
+    "autoround-auto_round_w4g32_asym": "AWQ's layout",
+    "autoround-auto_gptq_w4g32_asym": "zero points less one",
     "compressed_tensors-legacy_w3a16_packed": "whole fields in a word",
     "compressed_tensors-legacy_w3a16_naive": "int8 in place of packed words",
     "bitsandbytes-nf4_double_storage_bf16": "bytes called bfloat16",
@@ -186,6 +189,31 @@ def test_a_layer_of_one_group_has_the_size_of_the_others(name, first):
     else:
         writer.write("other", _layer(96, 96))
         assert writer.config()["dynamic"]["+:^other$"]["group_size"] == -1
+
+
+def test_autoround_names_its_blocks_and_what_differs():
+    write = CODECS["auto-round"].write
+    assert write is not None
+    writer = write()
+    names = [f"model.layers.{i}.mlp.up_proj" for i in range(3)]
+    for name in names:
+        writer.write(name, _layer(64, 32))
+    writer.write("model.layers.3.mlp.up_proj", _layer(64, 16))
+    writer.write("lm_head", _layer(64, 32))
+    writer.leave("model.layers.4.mlp.up_proj")
+    config = writer.config()
+    assert config["block_name_to_quantize"] == "model.layers"
+    assert (config["bits"], config["group_size"], config["sym"]) == (4, 32, False)
+    assert config["packing_format"] == "auto_round"
+    extra = {
+        name: about.get("group_size") for name, about in config["extra_config"].items()
+    }
+    assert extra == {
+        "model.layers.3.mlp.up_proj": 16,
+        "model.layers.4.mlp.up_proj": None,
+        "lm_head": 32,
+    }
+    assert config["extra_config"]["model.layers.4.mlp.up_proj"] == {"bits": 16}
 
 
 def test_writers_are_made_anew():
