@@ -26,6 +26,7 @@ from jaxq.plan import Plan, plan
 from jaxq.presets import as_recipe
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.recipe import Recipe
+from jaxq.relayout import relayout_params
 from jaxq.spec import QuantSpec
 
 if TYPE_CHECKING:  # tokenizers takes a second to import: only when needed
@@ -142,6 +143,9 @@ class Model:
     ) -> Self:
         """Return this model with quantized weights.
 
+        They lie as this machine's kernels want them (`jaxq.relayout_params`); saved
+        files do not depend on that.
+
         Args:
             cfg: a preset's name, a `Recipe`, or a `QuantSpec` for every product.
             calibration: for recipes that need data: a text, several texts, or
@@ -160,7 +164,7 @@ class Model:
         )
         return dataclasses.replace(
             self,
-            params=done.params,
+            params=relayout_params(done.params),
             recipe=recipe,
             evidence={e.path: e.to_dict() for e in done.evidence},
             calibration=about,

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxq
 from jaxq.lm import DEMO_FOLDER, generate, load_model
 from jaxq.pipeline import dequantize_params
 from jaxq.qtensor import is_qtensor
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
+from pallas_kernels.target import Target
 from tests.tiny_lm import TEXT, write_tiny
 
 TOKENS = jnp.arange(2 * 16, dtype=jnp.int32).reshape(2, 16)
@@ -42,6 +44,32 @@ def lm(folder):
 @pytest.fixture(scope="module")
 def small(lm):
     return lm.quantize("w4a16")
+
+
+def test_quantizes_into_the_layout_of_this_machines_kernels(
+    lm, small, tmp_path, monkeypatch
+):
+    """As on a TPU: its layout, its kernels, its numbers, and the same files."""
+    tpu = Target("tpu", "v5e", interpret=True)
+    monkeypatch.setattr(Target, "here", classmethod(lambda cls: tpu))
+    there = lm.quantize("w4a16")
+    leaves = jax.tree.leaves(there.params, is_leaf=is_qtensor)
+    layouts = [leaf.layout for leaf in leaves if is_qtensor(leaf)]
+    assert layouts.count("tpu") >= 7
+    tokens = jnp.arange(8)[None] + 3
+    rows = jaxq.explain(lm.forward, there.params, tokens)
+    kernels = [row.choice.kernel for row in rows if row.choice]
+    assert kernels.count("tpu.weight_only_decode") >= 7
+    # the kernel multiplies as bfloat16 what the CPU multiplies as float32
+    expected = small.apply(small.params, tokens)
+    close = np.max(np.abs(expected)) * 2.0**-6
+    np.testing.assert_allclose(there.apply(there.params, tokens), expected, atol=close)
+    for model, name in ((small, "here"), (there, "there")):
+        model.save(tmp_path / name)
+    files = [sorted((tmp_path / n).glob("*.safetensors")) for n in ("here", "there")]
+    assert files[0]
+    for a, b in zip(*files, strict=True):
+        assert a.read_bytes() == b.read_bytes()
 
 
 def test_loads_a_float_folder(lm):

@@ -9,6 +9,7 @@ import pytest
 
 import jaxq
 from jaxq import QuantSpec
+from jaxq.codecs.unpacked import Unpacked
 from jaxq.quantize import quantize
 from pallas_kernels.target import Target
 
@@ -56,6 +57,13 @@ def test_saved_files_hold_the_canonical_layout(tmp_path):
     back = jaxq.load(tmp_path / "saved")["w"]
     assert back.layout == "planar"
     jax.tree.map(np.testing.assert_array_equal, back, q)
+
+
+def test_other_libraries_get_the_same_codes_from_any_layout():
+    q = weight(QuantSpec("uint4", 32, symmetric=False), (64, 24))
+    plain, relaid = Unpacked.of(q), Unpacked.of(jaxq.relayout(q, "tpu"))
+    np.testing.assert_array_equal(relaid.codes, plain.codes)
+    np.testing.assert_array_equal(relaid.codes, q.code_values())
 
 
 def test_parameters_that_have_no_layout_stay():

@@ -13,6 +13,7 @@ import numpy as np
 from jaxq.checkpoints.errors import UnsupportedError
 from jaxq.qtensor import QTensor
 from jaxq.quantize import padded_length
+from jaxq.relayout import PLANAR, relayout
 from jaxq.spec import Block, QuantSpec
 from pallas_kernels import layouts
 
@@ -100,6 +101,7 @@ class Unpacked:
             raise UnsupportedError(
                 f"{q!r} has rank {q.ndim}; other libraries' formats hold matrices"
             )
+        q = relayout(q, PLANAR)
         transposed = q.axis == -1
         turn = (lambda a: a.T) if transposed else (lambda a: a)
         codes = np.asarray(layouts.unpack(q.codes, q.spec.bits, q.axis % 2, q.pack))

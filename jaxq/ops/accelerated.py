@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.ops.activation import row_scale
-from jaxq.ops.parallel import Split
+from jaxq.ops.parallel import Split, placement
 from jaxq.ops.problem import Kernel, Problem
 from jaxq.qtensor import QTensor
 from jaxq.spec import QuantSpec
@@ -37,7 +37,10 @@ def _row(kernel: pallas.Kernel, target: Target) -> Kernel:
             reason = f"the codes are in layout {p.w.layout!r}, not {kernel.layout!r}"
         if reason is not None:
             return reason
-        known, split = facts(p), Split.of(p.w.sharding, p.x.shape[0])
+        sharding = placement(p.w, p.x)
+        if isinstance(sharding, str):
+            return sharding
+        known, split = facts(p), Split.of(sharding, p.x.shape[0])
         if split is None:
             return kernel.refuses(known, here)
         return split.declines(known) or kernel.refuses(split.local(known), here)
@@ -46,7 +49,7 @@ def _row(kernel: pallas.Kernel, target: Target) -> Kernel:
         return kernel.run(known, a, tuned_tile(kernel, known, target), target.interpret)
 
     def run(p: Problem) -> jax.Array:
-        split = Split.of(p.w.sharding, p.x.shape[0])
+        split = Split.of(placement(p.w, p.x), p.x.shape[0])
         if split is None:
             return alone(facts(p), operands(p))
         return split.run(alone, facts(p), operands(p))

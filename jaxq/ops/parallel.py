@@ -1,12 +1,17 @@
 """Tensor parallelism: a kernel on every device's part of a weight.
 
 A compiler cannot cut a kernel; it can only be told. A weight that says how it lies on a
-mesh (`jaxq.shard_params`) is multiplied inside `jax.shard_map`:
+mesh (`jaxq.shard_params`, or by its type where the mesh's axes are explicit) is
+multiplied inside `jax.shard_map`:
 
 - columns split (column parallel): every device makes its columns of the result;
 - rows split (row parallel): every device makes a summand, and they are added up.
 
 Rows of the activation are split over the mesh's other axes, where they divide.
+
+On a mesh of automatic axes that says nothing about this weight there is no kernel:
+`jax.jit` decides later where it lies. (A mesh that only ``in_shardings`` of `jax.jit`
+name is not known while it traces.)
 """
 
 import dataclasses
@@ -16,11 +21,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxq.qtensor import QTensor
 from pallas_kernels.kernel import Operands, Problem
 
 Axes = tuple[str, ...]
+UNKNOWN = (
+    "on the mesh {} it is not known how the weight lies: place it with "
+    "jaxq.shard_params, or use explicit axes"
+)
+
+
+def placement(w: QTensor, x: jax.Array) -> NamedSharding | str | None:
+    """Return how ``w`` lies on a mesh, or why that is not known; None on one device.
+
+    Args:
+        w: the weight, perhaps a stack.
+        x: the activation that it meets.
+    """
+    if w.sharding is not None:
+        return w.sharding
+    types = [jax.typeof(a).sharding for a in (w.codes, x)]
+    meshes = [s.mesh for s in types] + [jax.sharding.get_abstract_mesh()]
+    mesh = next((m for m in meshes if _divided(m)), None)
+    if mesh is None:
+        return None
+    if set(mesh.axis_types) != {AxisType.Explicit}:
+        return UNKNOWN.format(dict(mesh.shape))
+    spec = types[0].spec if _divided(types[0].mesh) else (None,) * w.ndim
+    if any(entry is not None for entry in spec[:-2]):
+        return f"the stack is split over {dict(mesh.shape)}: {spec}"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _divided(mesh: Any) -> bool:
+    """Whether there are axes that a compiler would have to split a kernel over."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = [name for name, kind in kinds if kind != AxisType.Manual]
+    return math.prod(mesh.shape[name] for name in free) > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +73,7 @@ class Split:
         columns: mesh axes over which its columns are.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rows: Axes
     inner: Axes
     columns: Axes
@@ -100,8 +139,14 @@ class Split:
             in_specs=tuple(specs[name] for name in names),
             out_specs=PartitionSpec(self.rows, self.columns),
             check_vma=False,
-        )(*(getattr(a, name) for name in names))
+        )(*(self._placed(getattr(a, name), specs[name]) for name in names))
         return y.astype(jnp.dtype(p.out_dtype))
+
+    def _placed(self, a: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """Return an operand where `jax.shard_map` wants it, which its type must say."""
+        if AxisType.Explicit not in self.mesh.axis_types:
+            return a
+        return jax.sharding.reshard(a, NamedSharding(self.mesh, spec))
 
     def _specs(self, p: Problem, a: Operands) -> dict[str, PartitionSpec]:
         """Return how every operand is split."""

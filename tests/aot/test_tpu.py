@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 pytest.importorskip("libtpu", reason="needs the `aot` extra")
@@ -14,6 +14,7 @@ import jaxq
 from benchmarks import llama70b, tpu_compile
 from benchmarks.tpu_schedules import PRODUCTS, attention_estimate, estimate
 from jaxq import QuantSpec
+from jaxq.sharding import qtensor_shardings
 from pallas_kernels.target import Target
 
 pytestmark = pytest.mark.aot
@@ -86,6 +87,27 @@ def test_a_parallel_mlp_keeps_its_kernels_on_eight_chips():
     assert "all-reduce" in text
     assert "all-gather" not in text
     assert compiled.memory_analysis().temp_size_in_bytes < 1 << 20
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_without_a_word_on_weights_compiles(kind):
+    """Explicit axes keep the kernels; with automatic ones XLA cuts plain products."""
+    mesh = tpu_compile.mesh("v5e:2x4", (2, 4), ("data", "model"))
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(kind,) * 2)
+    w = jax.ShapeDtypeStruct((4096, 8192), jnp.bfloat16)
+    made = lambda w: jaxq.relayout(jaxq.quantize(w, QuantSpec("int4", 128)), "tpu")
+    q = jax.eval_shape(made, w)
+    q = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        q,
+        qtensor_shardings(q, NamedSharding(mesh, P(None, "model"))),
+    )
+    rows = NamedSharding(mesh, P("data", None))
+    x = jax.ShapeDtypeStruct((32, 4096), jnp.bfloat16, sharding=rows)
+    run = jaxq.quantized(lambda w, x: x @ w, target=Target("tpu", "v5e"))
+    compiled = jax.jit(run).trace(q, x).lower(lowering_platforms=("tpu",)).compile()
+    calls = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+    assert calls == (kind == AxisType.Explicit)
 
 
 def test_gathered_rows_leave_the_table_packed():

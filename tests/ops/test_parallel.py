@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxq
 from jaxq import QuantSpec
+from jaxq.ops.parallel import placement
+from jaxq.sharding import qtensor_shardings
 from pallas_kernels.target import Target
 
 V5E = Target("tpu", "v5e", interpret=True)
@@ -83,6 +85,55 @@ def test_uneven_parts_are_left_to_the_compiler(mesh):
     assert reason == "groups of 64 are cut by 4 parts of 192 rows"
     y = jax.jit(jaxq.quantized(lambda w, x: x @ w, target=V5E))(cut, x)
     np.testing.assert_allclose(y, 192.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("cut", [P(None, "model"), P("model", None), P()], ids=str)
+def test_explicit_axes_say_how_a_weight_lies(cut):
+    kinds = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
+    random = np.random.default_rng(6)
+    w = jnp.asarray(random.standard_normal((512, 256)), jnp.float32)
+    x = jnp.asarray(random.standard_normal((8, 512)), jnp.float32)
+    q = jaxq.relayout(jaxq.quantize(w, QuantSpec("int4", 128)), "tpu")
+    fn = lambda w, x: x @ w
+    alone = jaxq.quantized(fn, target=V5E)(q, x)
+    where = NamedSharding(mesh, cut)
+    q = jax.device_put(q, qtensor_shardings(q, where))
+    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+    (row,) = jaxq.explain(fn, q, x, target=V5E)
+    assert row.choice.kernel == "tpu.weight_only_decode"
+    run = jax.jit(jaxq.quantized(fn, target=V5E))
+    text = run.lower(q, x).compile().as_text()
+    assert not re.search(r"= s[48]\[.* all-gather", text)
+    y = run(q, x)
+    np.testing.assert_allclose(y, alone, rtol=2e-2, atol=2e-2)
+    assert np.linalg.norm(y - alone) <= 2e-3 * np.linalg.norm(alone)
+
+
+def test_a_mesh_that_says_nothing_of_a_weight_has_no_kernel(mesh):
+    """What Mosaic would refuse when it compiles is refused before, with a remedy."""
+    q = jaxq.relayout(jaxq.quantize(jnp.ones((256, 128)), QuantSpec("int4", 64)), "tpu")
+    fn = lambda w, x: x @ w
+    columns = qtensor_shardings(q, NamedSharding(mesh, P(None, "model")))
+    for placed, x in (
+        (jax.device_put(q, columns), jnp.ones((8, 256))),
+        (q, jax.device_put(jnp.ones((8, 256)), NamedSharding(mesh, P("data", None)))),
+    ):
+        (row,) = jaxq.explain(fn, placed, x, target=V5E)
+        assert row.choice.kernel == "xla.tiled_dot"
+        reason = dict(row.choice.declined)["tpu.weight_only_decode"]
+        assert "{'data': 2, 'model': 4} it is not known" in reason
+        assert "jaxq.shard_params" in reason
+    y = jax.jit(jaxq.quantized(fn, target=V5E))(jax.device_put(q, columns), x)
+    np.testing.assert_allclose(y, 256.0, rtol=1e-2)
+
+
+def test_a_stack_that_is_split_has_no_kernel():
+    mesh = jax.make_mesh((2,), ("stage",), axis_types=(AxisType.Explicit,))
+    q = jaxq.quantize(jnp.ones((2, 64, 32)), QuantSpec("int4", 32), stacked=(0,))
+    q = jaxq.relayout(q, "tpu")
+    q = jax.device_put(q, qtensor_shardings(q, NamedSharding(mesh, P("stage"))))
+    assert "the stack is split over {'stage': 2}" in str(placement(q, jnp.ones(1)))
 
 
 def test_inside_a_shard_map_a_part_is_a_weight_of_its_own(mesh):
