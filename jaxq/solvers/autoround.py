@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,14 @@ import numpy as np
 from jax import lax
 
 from jaxq.qtensor import QTensor
-from jaxq.solvers.relaxation import Variables, anchored, neutral, relaxed, settled
+from jaxq.solvers.relaxation import (
+    Ranges,
+    Variables,
+    anchored,
+    neutral,
+    relaxed,
+    settled,
+)
 
 PyTree = Any
 Weights = dict[str, Any]
@@ -41,13 +48,14 @@ class Samples(NamedTuple):
     Attributes:
         inputs: what the block gets from the quantized prefix, leaves ``[B, ...]``.
         targets: what the float block makes of the float stream, leaves ``[B, ...]``.
-        mask: how much an element of the targets counts, ``[B, ...]``; trailing axes may
-            be missing. 0 for padding. None: all alike.
+        mask: how much an element of the targets counts, of their structure, leaves
+            ``[B, ...]`` where trailing axes may be missing. 0 for padding. None: all
+            alike.
     """
 
     inputs: PyTree
     targets: PyTree
-    mask: jax.Array | None = None
+    mask: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +64,27 @@ class Settings:
 
     Attributes:
         steps: of descent.
-        lr: the first step of ``v``, in gaps between codes; decays linearly to 0. None
-            is ``1 / steps``: all steps together are then half a gap, which reaches
-            every neighbour.
-        range_lr: the first step of a range, relative; None is ``lr``.
+        lr: the first step of ``v``, in gaps between codes; decays linearly to 0. With
+            ``1 / steps`` all steps together are half a gap, which reaches every
+            neighbour: AutoRound's choice, which starts from rounding to nearest.
+        range_lr: the first step of a range, relative.
         batch: how many of the batches of `Samples` a step sees.
         momentum: of the gradient, before its sign is taken.
-        checks: how often the loss on all samples is taken, to keep the best.
-        ranges: whether ranges are learned, too.
+        checks: how often the loss is judged, to keep the best.
+        ranges: what is learned of the blocks' ranges; see `neutral`. With "scale"
+            codes stay what GPTQ arranged; from rounding to nearest "ends" gain more.
 
     Raises:
         ValueError: naming the field, its value and what it may be.
     """
 
-    steps: int = 200
-    lr: float | None = None
-    range_lr: float | None = None
+    steps: int = 100
+    lr: float = 0.005
+    range_lr: float = 0.001
     batch: int = 8
     momentum: float = 0.9
-    checks: int = 10
-    ranges: bool = True
+    checks: int = 5
+    ranges: Ranges = "scale"
 
     def __post_init__(self) -> None:
         """Reject what could tune nothing."""
@@ -84,10 +93,10 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("lr", "range_lr"):
             rate = getattr(self, name)
-            if rate is not None and not 0 < rate <= 1:
-                raise ValueError(
-                    f"{name}={rate} must lie in (0, 1]; 1 / steps is usual (None)"
-                )
+            if not 0 < rate <= 1:
+                raise ValueError(f"{name}={rate} must lie in (0, 1]")
+        if self.ranges not in get_args(Ranges):
+            raise ValueError(f"ranges={self.ranges!r} is not one of {get_args(Ranges)}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
 
@@ -100,11 +109,11 @@ class Tuned(NamedTuple):
 
     Attributes:
         weights: the tuned weights by name.
-        start_loss: of the start, on all samples.
-        best_loss: of ``weights``, on all samples: at most ``start_loss``.
+        start_loss: of the start, on what judges.
+        best_loss: of ``weights``, on what judges: at most ``start_loss``.
         best_step: how many steps led to ``weights``; 0: nothing beat the start.
         losses: ``float32[steps]``, of every step's batches before the step.
-        checked: ``float32[checks]``, on all samples, while tuning.
+        checked: ``float32[checks]``, on what judges, while tuning.
     """
 
     weights: dict[str, QTensor]
@@ -122,15 +131,16 @@ def tune(
     settings: Settings = Settings(),
     *,
     fixed: Weights | None = None,
+    held: Samples | None = None,
     key: jax.Array,
 ) -> Tuned:
     """Tune the weights of one block so that its output is the float block's.
 
-    ``min over v, α, β of ‖run(ŵ(v, α, β), x) − y‖² / ‖y‖²`` by steps along the sign of
-    the gradient, with ``ŵ`` of `relaxed`, ``v`` kept in [−½, ½]. What is stored is what
-    is optimized: scales are rounded to their dtype and zeros to integers in every step.
-    At the start and ``checks`` times the loss on *all* samples is taken, and the best
-    of those is returned, so that tuning never makes it worse.
+    ``min over v, α, β, γ of ‖run(ŵ, x) − y‖² / ‖y‖²`` by steps along the sign of the
+    gradient, with ``ŵ`` of `relaxed`, ``v`` kept in [−½, ½]. What is stored is what is
+    optimized: scales are rounded to their dtype and zeros to integers in every step. At
+    the start and ``checks`` times the loss is judged, on samples that were held out or
+    on all, and the best of those is returned, so that tuning never makes it worse.
 
     Everything is one compiled scan. A second block compiles nothing if ``run`` is the
     same object, the names are the same, and shapes, specs and settings are equal.
@@ -142,6 +152,8 @@ def tune(
         samples: the batches.
         settings: how.
         fixed: further weights that ``run`` knows, passed on as they are.
+        held: what judges instead of ``samples``: batches of their shape that no step
+            sees.
         key: decides the order of the batches.
 
     Raises:
@@ -162,16 +174,18 @@ def tune(
     References:
         Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for
         the Quantization of LLMs", section 3. That keeps the best batch, seen by
-        chance, where this keeps the best on all samples.
+        chance, and learns the ends of ranges; see `jaxq.solvers.relaxation`.
     """
     fixed = fixed or {}
     _check(problems, samples, fixed)
+    if held is not None:
+        _check(problems, held, fixed)
     # a name is part of a compiled function's key, and every layer's is another
     nameless = {
         name: Problem(p.weight, dataclasses.replace(p.start, name=None))
         for name, p in problems.items()
     }
-    tuned = _tune(run, nameless, samples, settings, fixed, key)
+    tuned = _tune(run, nameless, samples, settings, fixed, held, key)
     named = {
         name: dataclasses.replace(q, name=problems[name].start.name)
         for name, q in tuned.weights.items()
@@ -186,13 +200,15 @@ def _tune(
     samples: Samples,
     settings: Settings,
     fixed: Weights,
+    held: Samples | None,
     key: jax.Array,
 ) -> Tuned:
     """Tune, traced and compiled once per shape."""
     block = _Block.of(run, problems, samples, fixed)
+    judge = block if held is None else block.on(held)
     starts = {name: problem.start for name, problem in problems.items()}
     variables = {name: neutral(q, settings.ranges) for name, q in starts.items()}
-    best = _Best(variables, block.error(variables), jnp.int32(0))
+    best = _Best(variables, judge.error(variables), jnp.int32(0))
     start_loss = best.loss
 
     def step(state: Any, now: _Step) -> tuple[Any, Any]:
@@ -203,7 +219,7 @@ def _tune(
         )
         variables = _descend(variables, velocity, now)
         best, checked = lax.cond(
-            now.check, block.compare, _skip, best, variables, now.number
+            now.check, judge.compare, _skip, best, variables, now.number
         )
         return (variables, velocity, best), (loss, checked)
 
@@ -219,7 +235,7 @@ def _tune(
 
 
 class _Best(NamedTuple):
-    """The best variables so far, their error on all samples, and after which step."""
+    """The best variables so far, their error as judged, and after which step."""
 
     variables: dict[str, Variables]
     loss: jax.Array
@@ -255,11 +271,13 @@ class _Block:
         samples: Samples,
         fixed: Weights,
     ) -> "_Block":
-        """Anchor the weights, and take the mean square sum of a batch's targets."""
+        """Anchor the weights, and take the energy of the targets."""
         anchors = {name: anchored(*problem) for name, problem in problems.items()}
-        energy = lax.map(lambda s: _squares(s.targets, s.mask), samples)
-        energy = jax.tree.map(jnp.mean, energy)
-        return cls(run, problems, samples, fixed, anchors, energy)
+        return cls(run, problems, samples, fixed, anchors, _energy(samples))
+
+    def on(self, samples: Samples) -> "_Block":
+        """Return the same of other samples."""
+        return dataclasses.replace(self, samples=samples, energy=_energy(samples))
 
     @property
     def batches(self) -> int:
@@ -290,11 +308,14 @@ class _Block:
         self, variables: dict[str, Variables], chosen: jax.Array
     ) -> tuple[jax.Array, dict[str, Variables]]:
         """Return the mean error of some batches, and the gradient of their sum."""
-        weights, pull_back = jax.vjp(self.weights, variables)
+        weights, pull_back = jax.vjp(lambda v: _transposed(self.weights(v)), variables)
+
+        def of_batch(weights: Weights, batch: Samples) -> jax.Array:
+            return self.batch_error(_transposed(weights), batch)
 
         def add(total: Any, index: jax.Array) -> tuple[Any, None]:
             batch = jax.tree.map(lambda a: a[index], self.samples)
-            one = jax.value_and_grad(self.batch_error)(weights, batch)
+            one = jax.value_and_grad(of_batch)(weights, batch)
             return jax.tree.map(jnp.add, total, one), None
 
         nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, weights)
@@ -327,15 +348,17 @@ def _descend(
     return {
         name: Variables(
             move(x.rounding, direction[name].rounding, now.rate, -0.5, 0.5),
-            move(x.low, direction[name].low, now.range_rate, SMALLEST, LARGEST),
-            move(x.high, direction[name].high, now.range_rate, SMALLEST, LARGEST),
+            *(
+                move(a, d, now.range_rate, SMALLEST, LARGEST)
+                for a, d in zip(x[1:], direction[name][1:], strict=True)
+            ),
         )
         for name, x in variables.items()
     }
 
 
 def _checks(settings: Settings) -> np.ndarray:
-    """Return after which steps all samples are looked at: the last, and evenly."""
+    """Return after which steps the loss is judged: the last, and evenly."""
     marks = np.arange(1, settings.steps + 1) * settings.checks // settings.steps
     return np.diff(marks, prepend=0) > 0
 
@@ -346,16 +369,32 @@ def _schedule(settings: Settings, batches: int, key: jax.Array) -> _Step:
     rounds = -(-steps * size // batches)
     order = jax.vmap(lambda k: jax.random.permutation(k, batches))
     chosen = order(jax.random.split(key, rounds)).reshape(-1)[: steps * size]
-    lr = 1 / steps if settings.lr is None else settings.lr
-    range_lr = lr if settings.range_lr is None else settings.range_lr
     decay = 1 - jnp.arange(steps, dtype=jnp.float32) / steps
     return _Step(
         number=jnp.arange(1, steps + 1, dtype=jnp.int32),
         chosen=chosen.reshape(steps, size),
-        rate=jnp.float32(lr) * decay,
-        range_rate=jnp.float32(range_lr) * decay,
+        rate=jnp.float32(settings.lr) * decay,
+        range_rate=jnp.float32(settings.range_lr) * decay,
         check=jnp.asarray(_checks(settings)),
     )
+
+
+def _energy(samples: Samples) -> list[jax.Array]:
+    """Return the mean batch's sum of squares, of every leaf of the targets."""
+    energy = lax.map(lambda s: _squares(s.targets, s.mask), samples)
+    return jax.tree.map(jnp.mean, energy)
+
+
+def _transposed(weights: Weights) -> Weights:
+    """Return the weights with their last two axes swapped.
+
+    A gradient of these is the product that JAX writes for a weight without the swap
+    that follows it. On CPUs that takes a fifth off a step.
+    """
+    return {
+        name: jnp.swapaxes(w, -1, -2) if w.ndim > 1 else w
+        for name, w in weights.items()
+    }
 
 
 def _minus(output: jax.Array, target: jax.Array) -> jax.Array:
@@ -363,17 +402,19 @@ def _minus(output: jax.Array, target: jax.Array) -> jax.Array:
     return output.astype(jnp.float32) - target.astype(jnp.float32)
 
 
-def _squares(tree: PyTree, mask: jax.Array | None) -> list[jax.Array]:
-    """Return the sum of squares of every leaf, weighted by the mask."""
+def _squares(tree: PyTree, mask: PyTree) -> list[jax.Array]:
+    """Return the sum of squares of every leaf, weighted by the mask's."""
 
-    def total(x: jax.Array) -> jax.Array:
+    def total(x: jax.Array, weight: jax.Array | None) -> jax.Array:
         squares = jnp.square(x.astype(jnp.float32))
-        if mask is not None:
-            weight = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+        if weight is not None:
+            weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim))
             squares = squares * weight.astype(jnp.float32)
         return jnp.sum(squares)
 
-    return [total(x) for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    weights = [None] * len(leaves) if mask is None else jax.tree.leaves(mask)
+    return [total(x, weight) for x, weight in zip(leaves, weights, strict=True)]
 
 
 def _check(problems: Mapping[str, Problem], samples: Samples, fixed: Weights) -> None:

@@ -1,12 +1,17 @@
 """A quantized weight as a function of what can be learned: its rounding, its range.
 
-``ŵ = s · (clip(⌊w / s + v⌉ + z) − z)``, where ``v`` moves every element towards the
-code above or below, and multipliers ``α``, ``β`` of the two ends of every block's range
-set ``s`` and ``z``. At ``v = 0, α = β = 1`` it is the start, exactly.
+``ŵ = γ s · (clip(⌊w / s + v⌉ + z) − z)``, where ``v`` moves every element towards the
+code above or below, multipliers ``α``, ``β`` of the two ends of every block's range set
+``s`` and ``z``, and ``γ`` multiplies what the block's codes stand for. At ``v = 0, α =
+β = γ = 1`` it is the start, exactly.
+
+``α`` and ``β`` are AutoRound's: where they move, codes follow. That suits a start that
+was rounded to nearest. It undoes what GPTQ arranged, where the error of one element
+makes up for that of another; ``γ`` leaves codes as they are.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +24,8 @@ from jaxq.quantize import Blocking, assemble
 from jaxq.scales import divide, round_scale, rounded, store_scale
 from jaxq.spec import QuantSpec
 
+Ranges = Literal["scale", "ends", "fixed"]
+
 
 class Variables(NamedTuple):
     """What is learned of one weight.
@@ -27,25 +34,30 @@ class Variables(NamedTuple):
         rounding: ``v``, float32 of the weight's shape, in gaps between codes.
         low: ``α``, float32, one per block; None: fixed, or the format is symmetric.
         high: ``β``, float32, one per block (symmetric: of the scale); None: fixed.
+        scale: ``γ``, float32, one per block; None: fixed.
     """
 
     rounding: jax.Array
     low: jax.Array | None
     high: jax.Array | None
+    scale: jax.Array | None
 
 
-def neutral(start: QTensor, ranges: bool = True) -> Variables:
+def neutral(start: QTensor, ranges: Ranges = "scale") -> Variables:
     """Return the variables at which `relaxed` is ``start``.
 
     Args:
         start: a quantized weight.
-        ranges: whether ranges are to be learned. Scales that cannot move a little are
-            fixed in any case: powers of two, and scales that are quantized in turn.
+        ranges: what is learned of a block's range: ``γ`` ("scale"), ``α`` and ``β``
+            ("ends"), or nothing ("fixed"). Scales that cannot move a little are fixed
+            in any case: powers of two, and scales that are quantized in turn.
     """
     spec, ones = start.spec, jnp.ones(start.scales.shape, jnp.float32)
-    free = ranges and isinstance(spec.scale, str) and spec.scale != "e8m0"
-    low = ones if free and start.zeros is not None else None
-    return Variables(jnp.zeros(start.shape), low, ones if free else None)
+    free = isinstance(spec.scale, str) and spec.scale != "e8m0"
+    ends = ones if free and ranges == "ends" else None
+    low = None if start.zeros is None else ends
+    scale = ones if free and ranges == "scale" else None
+    return Variables(jnp.zeros(start.shape), low, ends, scale)
 
 
 def anchored(weight: jax.Array, start: QTensor) -> jax.Array:
@@ -58,7 +70,7 @@ def anchored(weight: jax.Array, start: QTensor) -> jax.Array:
         weight: float32, the shape of ``start``.
         start: codes, scales and zeros.
     """
-    at = neutral(start)
+    at = neutral(start, "fixed")
     grid = _Grid.of(start, at).spread(start)
     here = _level(_position(weight, grid, at.rounding, start.spec), start.spec)
     codes = start.code_values()
@@ -77,13 +89,13 @@ def relaxed(anchor: jax.Array, start: QTensor, variables: Variables) -> jax.Arra
         variables: the point.
     """
     spec = start.spec
-    grid = _Grid.of(start, variables).spread(start)
-    at = _position(anchor, grid, variables.rounding, spec)
+    grid = _Grid.of(start, variables)
+    at = _position(anchor, grid.spread(start), variables.rounding, spec)
     lowest, highest = spec.code_range
     reach = jnp.float32(0.5) * _gap(at, spec)
     inside = (at >= lowest - reach) & (at <= highest + reach)
     level = _straight(_level(at, spec), jnp.where(inside, at, lax.stop_gradient(at)))
-    values = grid.values(level)
+    values = grid.scaled(variables.scale, spec).spread(start).values(level)
     if start.offset is not None:
         values = rounded(values) + start.offset
     return values if start.input_scale is None else values * start.input_scale
@@ -96,8 +108,9 @@ def settled(anchor: jax.Array, start: QTensor, variables: Variables) -> QTensor:
     at = _position(anchor, grid.spread(start), variables.rounding, spec)
     codes = spec.number_format.encode(jnp.clip(at, *spec.code_range))
     scales = start.scales
-    if variables.high is not None and isinstance(spec.scale, str):
-        scales = store_scale(grid.scale, spec.scale)
+    moved = variables.high is not None or variables.scale is not None
+    if moved and isinstance(spec.scale, str):
+        scales = store_scale(grid.scaled(variables.scale, spec).scale, spec.scale)
     where = Blocking(start.blocks, (start.axis % start.ndim,))
     q = assemble(codes, scales, grid.zero, spec, where, dtype=start.dtype)
     return dataclasses.replace(start, codes=q.codes, scales=q.scales, zeros=q.zeros)
@@ -127,6 +140,13 @@ class _Grid(NamedTuple):
         zero = lowest + divide(below, stretch)
         nearest = jnp.clip(jnp.round(zero), lowest, highest)
         return cls(_straight(round_scale(ideal, spec), ideal), _straight(nearest, zero))
+
+    def scaled(self, by: jax.Array | None, spec: QuantSpec) -> "_Grid":
+        """Return the grid with its scales multiplied; rounding passes gradients."""
+        if by is None:
+            return self
+        ideal = self.scale * by
+        return self._replace(scale=_straight(round_scale(ideal, spec), ideal))
 
     def spread(self, start: QTensor) -> "_Grid":
         """Return those of every element."""

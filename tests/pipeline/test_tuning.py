@@ -9,6 +9,7 @@ from jaxq import autoround, awq, chain, gptq, quantized, rtn
 from jaxq.lift.program import program
 from jaxq.pipeline import quantize_with_evidence
 from jaxq.pipeline.block import block_function
+from jaxq.pipeline.tuning import parted, token_weights
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
 
@@ -146,3 +147,53 @@ def test_tuning_gains_on_data_it_did_not_see(wide, before, activation):
         assert row.fallback is None
     weights = [tuned.params[f"layer_{i}"][n] for i in (0, 1) for n in ("up", "down")]
     assert {q.activation for q in weights} == {activation}
+
+
+# ------------------------------------------------------------------------ what counts
+
+
+def test_a_token_counts_by_one_over_its_size(rng):
+    """Oracle: the equation in float64; of padding neither size nor weight matters."""
+    y = rng.standard_normal((3, 2, 5, 8)) * 10.0 ** rng.integers(-1, 3, (3, 2, 5, 1))
+    y[0, 0, 1] = 0
+    mask = rng.random((3, 2, 5)) < 0.7
+    mask[0, 0, 1] = True
+    soiled = np.where(mask[..., None], y, 1e15)
+    sizes = np.mean(y**2, -1)
+    least = 1e-3 * np.median(sizes[mask])
+    expected = mask / np.maximum(sizes, least)
+    got = token_weights(jnp.asarray(soiled, jnp.float32), jnp.asarray(mask, "f4"))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    # a mask of the batch alone, one of tokens that this output does not have, and none
+    rows = jnp.asarray([[1, 0], [1, 1], [0, 1]], jnp.float32)
+    pooled = jnp.asarray(y[:, :, 0], jnp.float32)
+    np.testing.assert_array_equal(token_weights(pooled, rows)[0, 1], 0)
+    every = token_weights(pooled, None)
+    assert np.all(np.asarray(every) > 0)
+    np.testing.assert_array_equal(token_weights(pooled, jnp.asarray(mask)), every)
+    np.testing.assert_array_equal(token_weights(jnp.zeros(4), None), np.ones(4))
+    np.testing.assert_array_equal(token_weights(jnp.zeros((2, 4)), None), [1, 1])
+
+
+def test_every_sixteenth_batch_judges():
+    seen, held = parted(range(64))
+    assert held == [15, 31, 47, 63]
+    assert sorted(seen + held) == list(range(64))
+    assert parted(range(15)) == (list(range(15)), [])
+
+
+def test_held_batches_judge_by_errors_relative_to_each_token(params):
+    """Oracle: the last block's loss, of the whole network's outputs, in float64."""
+    rng = np.random.default_rng(3)
+    sizes = 10.0 ** rng.uniform(-1, 1, (16, 24, 1))
+    data = [
+        (jnp.asarray(x, jnp.float32),) for x in sizes * rng.normal(size=(16, 24, N))
+    ]
+    method = autoround(steps=8, checks=2)
+    done = quantize_with_evidence(params, recipe(method), network, data)
+    x = data[15][0]
+    target = np.asarray(network(params, x), np.float64)
+    moved = np.asarray(quantized(network)(done.params, x), np.float64) - target
+    relative = np.mean(np.sum(moved**2, -1) / np.sum(target**2, -1))
+    assert done.evidence[-1].block_loss[1] == pytest.approx(relative, rel=1e-3)
+    assert relative != pytest.approx(np.sum(moved**2) / np.sum(target**2), rel=1e-2)

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from jaxq.quantize import quantize
-from jaxq.solvers import rtn
+from jaxq.solvers import Statistics, gptq, rtn
 from jaxq.solvers.autoround import Problem, Samples, Settings, tune
 from jaxq.spec import QuantSpec
 from tests import oracle
 
 K, N, TOKENS, BATCHES = 128, 48, 512, 8
 UINT3 = QuantSpec("uint3", 64, False, scale="bfloat16")
-SHORT = Settings(steps=24, batch=2, checks=4)
+# from rounding to nearest: half a gap on the way, and codes that follow their range
+PUBLISHED = Settings(lr=1 / 200, range_lr=1 / 200, ranges="ends")
+SHORT = Settings(steps=24, lr=1 / 24, range_lr=1 / 24, batch=2, checks=4, ranges="ends")
 
 
 def linear(weights, x):
@@ -70,7 +72,7 @@ def loss(run, weights, samples, fixed=None):
 def test_a_correlated_layer_gains_what_sign_descent_is_known_to(bits, published, rng):
     """AutoRound's own settings, from rounding to nearest."""
     problems, samples = layer(rng, QuantSpec(f"uint{bits}", 64, False))
-    settings = Settings(momentum=0.0, checks=20)
+    settings = dataclasses.replace(PUBLISHED, steps=200, momentum=0.0, checks=20)
     tuned = tune(linear, problems, samples, settings, key=jax.random.key(0))
     ratio = float(tuned.best_loss / tuned.start_loss)
     assert ratio == pytest.approx(published, rel=0.12)
@@ -90,7 +92,7 @@ def test_a_correlated_layer_gains_what_sign_descent_is_known_to(bits, published,
 )
 def test_a_block_with_a_nonlinearity_improves(spec, rng):
     problems, samples, fixed = block(rng, spec)
-    settings = Settings(steps=100, batch=4, checks=5)
+    settings = dataclasses.replace(SHORT, steps=100, lr=0.01, range_lr=0.01, batch=4)
     tuned = tune(mlp, problems, samples, settings, fixed=fixed, key=jax.random.key(0))
     start = {name: p.start for name, p in problems.items()}
     before = loss(mlp, start, samples, fixed)
@@ -103,8 +105,8 @@ def test_a_block_with_a_nonlinearity_improves(spec, rng):
 
 def test_ranges_help(rng):
     problems, samples = layer(rng, QuantSpec("uint2", 64, False, scale="bfloat16"))
-    settings = Settings(checks=4)
-    fixed = dataclasses.replace(settings, ranges=False)
+    settings = dataclasses.replace(PUBLISHED, steps=200, checks=4)
+    fixed = dataclasses.replace(settings, ranges="fixed")
     learned = tune(linear, problems, samples, settings, key=jax.random.key(0))
     kept = tune(linear, problems, samples, fixed, key=jax.random.key(0))
     start, q = problems["w"].start, kept.weights["w"]
@@ -114,13 +116,36 @@ def test_ranges_help(rng):
     assert not np.array_equal(learned.weights["w"].scales, start.scales)
 
 
+# ------------------------------------------------------------- from where GPTQ ends
+
+
+def test_learned_scales_gain_on_what_gptq_found_where_learned_ends_lose(rng):
+    """No code moves: every step that scales take is downhill, once they are small."""
+    problems, samples = layer(rng)
+    w, plain = problems["w"]
+    x = samples.inputs.reshape(-1, K)
+    statistics = Statistics(gram=x.T @ x, tokens=jnp.int32(len(x)))
+    solved = gptq(w, statistics, UINT3, damping=0.01, compensated=True)
+    start = {"w": Problem(solved.compensated, solved.weight)}
+    assert loss(linear, {"w": solved.weight}, samples) < 0.7 * loss(
+        linear, {"w": plain}, samples
+    )
+    last = {}
+    for ranges in ("scale", "ends"):
+        settings = Settings(steps=40, lr=1e-9, range_lr=0.002, ranges=ranges, checks=1)
+        tuned = tune(linear, start, samples, settings, key=jax.random.key(0))
+        last[ranges] = float(tuned.checked[-1] / tuned.start_loss)
+    assert last["scale"] < 0.99
+    assert last["ends"] > 1.05
+
+
 # ----------------------------------------------------------------- never worse
 
 
 def test_the_best_of_what_was_checked_is_kept(rng):
     problems, samples, fixed = block(rng)
     # steps so long that most make it worse
-    settings = Settings(steps=30, lr=0.5, batch=2, checks=10)
+    settings = Settings(steps=30, lr=0.5, range_lr=0.5, batch=2, checks=10)
     tuned = tune(mlp, problems, samples, settings, fixed=fixed, key=jax.random.key(1))
     seen = [float(tuned.start_loss), *np.asarray(tuned.checked).tolist()]
     assert len(seen) == 11
@@ -157,6 +182,30 @@ def test_it_starts_from_codes_that_feed_errors_back(compensated, rng):
     assert float(tuned.best_loss) < before
 
 
+def test_held_samples_judge_and_are_not_learned_from(rng):
+    """Their loss decides which iterate is kept; no step depends on them."""
+    problems, samples = layer(rng)
+    cut = lambda part: Samples(*(a if a is None else a[part] for a in samples))
+    seen, held = cut(slice(2, None)), cut(slice(None, 2))
+    # what the start answers: on this nothing can be better
+    solved = held._replace(targets=held.inputs @ problems["w"].start.dequantize())
+    run = lambda judge: tune(
+        linear, problems, seen, SHORT, held=judge, key=jax.random.key(0)
+    )
+    plain, judged, kept = run(None), run(held), run(solved)
+    np.testing.assert_allclose(plain.losses, judged.losses, rtol=1e-6)
+    np.testing.assert_allclose(plain.losses, kept.losses, rtol=1e-6)
+    start = {"w": problems["w"].start}
+    assert float(judged.start_loss) == pytest.approx(
+        loss(linear, start, held), rel=1e-4
+    )
+    expected = loss(linear, judged.weights, held)
+    assert float(judged.best_loss) == pytest.approx(expected, rel=1e-4)
+    assert float(judged.best_loss) < 0.95 * float(judged.start_loss)
+    assert int(kept.best_step) == 0
+    jax.tree.map(np.testing.assert_array_equal, kept.weights["w"], start["w"])
+
+
 # ------------------------------------------------------------------------ what counts
 
 
@@ -188,7 +237,11 @@ def test_outputs_of_different_sizes_count_alike(rng):
 
     targets = {"small": samples.targets[..., :8], "big": big * samples.targets[..., 8:]}
     tuned = tune(
-        both, problems, samples._replace(targets=targets), key=jax.random.key(0)
+        both,
+        problems,
+        samples._replace(targets=targets),
+        PUBLISHED,
+        key=jax.random.key(0),
     )
     start = problems["w"].start
     y, t = np.asarray(samples.inputs @ start.dequantize()), np.asarray(samples.targets)
@@ -245,7 +298,7 @@ def test_the_key_decides(rng):
 def test_every_batch_is_seen_before_any_is_seen_again(rng):
     """Each batch has its own error: the losses of the first round are all of them."""
     problems, samples = layer(rng)
-    settings = Settings(steps=BATCHES, batch=1, lr=1e-9, ranges=False)
+    settings = Settings(steps=BATCHES, batch=1, lr=1e-9, ranges="fixed")
     tuned = tune(linear, problems, samples, settings, key=jax.random.key(3))
     y = np.asarray(samples.inputs @ problems["w"].start.dequantize())
     each = np.sum((y - np.asarray(samples.targets)) ** 2, (1, 2))
@@ -281,6 +334,7 @@ def test_a_batch_larger_than_all_is_all(rng):
         ({"lr": 0.0}, r"lr=0.0 must lie in \(0, 1\]"),
         ({"range_lr": float("nan")}, "range_lr=nan"),
         ({"momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\)"),
+        ({"ranges": True}, "ranges=True is not one of"),
     ],
 )
 def test_settings_that_could_tune_nothing_are_refused(change, message):

@@ -44,7 +44,10 @@ def weight(rng):
     return jnp.asarray(w)
 
 
-def moved(start, rng, size=0.4):
+RANGES = ("scale", "ends", "fixed")
+
+
+def moved(start, rng, ranges="ends", size=0.4):
     """Variables somewhere else, those that are fixed left out."""
 
     def noise(x, around):
@@ -52,16 +55,17 @@ def moved(start, rng, size=0.4):
             return None
         return jnp.asarray(around + rng.uniform(-size, size, x.shape), jnp.float32)
 
-    at = neutral(start)
-    return Variables(noise(at.rounding, 0), noise(at.low, 0.9), noise(at.high, 0.9))
+    rounding, *factors = neutral(start, ranges)
+    return Variables(noise(rounding, 0), *(noise(x, 0.9) for x in factors))
 
 
+@pytest.mark.parametrize("ranges", ["scale", "ends"])
 @pytest.mark.parametrize("name", SPECS)
-def test_where_it_starts_it_is_the_start(name, weight):
+def test_where_it_starts_it_is_the_start(name, ranges, weight):
     start = rtn(weight, None, SPECS[name], clip="mse")
     anchor = anchored(weight, start)
     np.testing.assert_array_equal(anchor, weight)  # rounding it gives the start
-    at = neutral(start)
+    at = neutral(start, ranges)
     jax.tree.map(np.testing.assert_array_equal, settled(anchor, start, at), start)
     got = jax.jit(relaxed)(anchor, start, at)
     np.testing.assert_array_equal(got, start.dequantize())
@@ -79,10 +83,11 @@ def test_codes_that_nothing_rounds_to_are_kept(name, weight, rng):
     np.testing.assert_array_equal(relaxed(anchor, start, at), start.dequantize())
 
 
+@pytest.mark.parametrize("ranges", ["scale", "ends"])
 @pytest.mark.parametrize("name", SPECS)
-def test_what_is_optimized_is_what_is_stored(name, weight, rng):
+def test_what_is_optimized_is_what_is_stored(name, ranges, weight, rng):
     start = quantize(weight, SPECS[name])
-    at = moved(start, rng)
+    at = moved(start, rng, ranges)
     q = jax.jit(settled)(weight, start, at)
     np.testing.assert_array_equal(relaxed(weight, start, at), q.dequantize())
     assert jax.tree.structure(q) == jax.tree.structure(start)
@@ -108,14 +113,36 @@ def test_offsets_and_input_scales_belong_to_the_weight(weight, rng):
 @pytest.mark.parametrize("spec", FIXED, ids=lambda s: s.describe())
 def test_scales_that_cannot_move_a_little_are_fixed(spec, weight):
     start = quantize(weight, spec)
-    assert neutral(start).high is None
-    assert neutral(start).low is None
+    for ranges in RANGES:
+        assert neutral(start, ranges)[1:] == (None, None, None)
 
 
-def test_ranges_are_fixed_when_asked(weight):
-    start = quantize(weight, FREE[0])
-    assert neutral(start).high is not None
-    assert neutral(start, ranges=False)[1:] == (None, None)
+@pytest.mark.parametrize(
+    ("ranges", "learned"),
+    [("scale", {"scale"}), ("ends", {"low", "high"}), ("fixed", set())],
+)
+def test_what_is_learned_of_a_range(ranges, learned, weight):
+    at = neutral(quantize(weight, FREE[0]), ranges)._asdict()
+    assert {n for n, x in at.items() if x is not None} == {"rounding", *learned}
+
+
+@pytest.mark.parametrize("spec", FREE, ids=lambda s: s.describe())
+def test_a_scale_that_moves_leaves_codes_as_they_are_and_ends_do_not(spec, weight, rng):
+    """Codes that GPTQ chose for a sum are worth nothing one by one."""
+    start = quantize(weight, spec)
+    still = jnp.zeros((K, N))
+    at = moved(start, rng, "scale")._replace(rounding=still)
+    q = settled(weight, start, at)
+    np.testing.assert_array_equal(q.codes, start.codes)
+    if start.zeros is not None:
+        np.testing.assert_array_equal(q.zeros, start.zeros)
+    spread = lambda x: oracle.spread(np.asarray(x, np.float64), start.block, (K, N))
+    expected = spread(at.scale) * oracle.dequantize(start)
+    stored = {"bfloat16": 2**-8, "float16": 2**-11, "e4m3": 2**-4}
+    rtol = stored.get(spec.scale, 1e-6)
+    np.testing.assert_allclose(oracle.dequantize(q), expected, rtol, 1e-6)
+    ends = moved(start, rng, "ends")._replace(rounding=still)
+    assert not np.array_equal(settled(weight, start, ends).codes, start.codes)
 
 
 def test_an_offset_of_half_reaches_both_neighbours_and_no_more(weight):
@@ -146,6 +173,7 @@ def numpy_gradient(w, start, at, upstream):
     lowest, highest = start.spec.code_range
     s0, z0 = spread(oracle.scale_values(start)), spread(start.zeros)
     v, a, b = np.asarray(at.rounding, np.float64), spread(at.low), spread(at.high)
+    by = spread(at.scale)
     stretch = (a * (z0 - lowest) + b * (highest - z0)) / (highest - lowest)
     s = s0 * stretch
     below = a * (z0 - lowest) / stretch
@@ -153,6 +181,8 @@ def numpy_gradient(w, start, at, upstream):
     q = np.rint(np.asarray(w, np.float64) / s + v) + z
     inside = (q >= lowest) & (q <= highest)
     q = np.clip(q, lowest, highest)
+    to_by = upstream * s * (q - z)
+    upstream = upstream * by
     to_v = upstream * s * inside
     to_s = upstream * (q - z - np.asarray(w) / s * inside)
     to_z = upstream * s * (inside - 1.0)
@@ -165,24 +195,25 @@ def numpy_gradient(w, start, at, upstream):
         - to_z * a * (z0 - lowest) * (highest - z0) / (highest - lowest) / stretch**2
     )
     total = lambda x: np.add.reduceat(x, np.arange(0, K, GROUP), 0)
-    return to_v, total(to_a), total(to_b), inside
+    return Variables(to_v, total(to_a), total(to_b), total(to_by)), inside
 
 
 def test_the_gradient_is_the_straight_through_one(rng):
     w = jnp.asarray(rng.standard_normal((K, N)), jnp.float32)
     start = quantize(w, QuantSpec("uint2", GROUP, False))
-    at = moved(start, rng, size=0.3)
+    at = moved(start, rng, size=0.3)  # all at once
+    at = at._replace(scale=moved(start, rng, "scale").scale)
     upstream = rng.standard_normal((K, N))
 
     def loss(at):
         return jnp.sum(jnp.asarray(upstream, jnp.float32) * relaxed(w, start, at))
 
     got = jax.grad(loss)(at)
-    to_v, to_a, to_b, inside = numpy_gradient(w, start, at, upstream)
+    expected, inside = numpy_gradient(w, start, at, upstream)
     assert 0.02 < 1 - inside.mean() < 0.5  # some are clipped: no gradient of v there
-    np.testing.assert_allclose(got.rounding, to_v, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(got.low, to_a, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(got.high, to_b, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got.rounding, expected.rounding, rtol=1e-4, atol=1e-6)
+    for one, other in zip(got[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SPECS)
