@@ -1,8 +1,10 @@
 """`convert`: a model from one format into another, losslessly where it can be."""
 
+import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +180,10 @@ def convert(
     else:
         model = _loaded(source, to, requantize)
     replace = may_replace if overwrite else None
-    with atomic.new_folder(target, model.nbytes, replace) as folder:
-        sink = _sink(folder, model, to, shard_bytes)
+    with (
+        atomic.new_folder(target, model.nbytes, replace) as folder,
+        _sink(folder, model, to, shard_bytes) as sink,
+    ):
         rows = tuple(_write(model.leaves, sink, to, requantize))
         refused = [row for row in rows if not row.outcome]
         if refused:
@@ -203,7 +207,7 @@ def _write(
             _write_float(leaf, sink, np.asarray(leaf.value))
             yield Row(leaf.name, AS_FLOAT)
         elif to == FLOAT or not (leaf.is_layer or to in GGUF):
-            _write_float(leaf, sink, np.asarray(leaf.value.dequantize()))
+            _write_float(leaf, sink, np.asarray(_dequantized(_nameless(leaf.value))))
             why = "" if to == FLOAT else f"{to} has no quantized embeddings"
             yield Row(leaf.name, DEQUANTIZED, why)
         else:
@@ -218,36 +222,67 @@ def _write_layer(leaf: _Leaf, sink: Any, requantize: bool) -> Row:
     except UnsupportedError as error:
         why = str(error)
     if not leaf.is_inner:
-        _write_float(leaf, sink, np.asarray(q.dequantize()))
+        _write_float(leaf, sink, np.asarray(_dequantized(_nameless(q))))
         return Row(leaf.name, DEQUANTIZED, why)
     if not requantize:
         return Row(leaf.name, "", why)
-    values = q.dequantize(jnp.float32)
-    size = jnp.maximum(jnp.linalg.norm(values), jnp.finfo(jnp.float32).tiny)
     reasons = [why]
-    for choose in (lambda: q.spec, lambda: sink.nearest(q.shape, q.dtype)):
+    for choose in _specs(q, sink):
         try:
             spec = choose()
-            again = _requantized(q, values, spec)
+            again, error = _requantized(q, spec)
             note = sink.quantized(module, Unpacked.of(again))
-        except UnsupportedError as error:
-            reasons.append(str(error))
+        except UnsupportedError as refused:
+            reasons.append(str(refused))
             continue
-        lost = jnp.linalg.norm(again.dequantize(jnp.float32) - values)
         told = f"{why}; now {spec.describe()}" + (f"; {note}" if note else "")
-        return Row(leaf.name, REQUANTIZED, told, float(lost / size))
+        return Row(leaf.name, REQUANTIZED, told, float(error))
     return Row(leaf.name, "", f"{why}; and rounded anew: {reasons[-1]}")
 
 
-def _requantized(q: QTensor, values: jax.Array, spec: QuantSpec) -> QTensor:
-    """Return a weight rounded to nearest, for the activation it had."""
-    return dataclasses.replace(
-        quantize(values, spec),
+def _specs(q: QTensor, sink: Any) -> Iterator[Callable[[], QuantSpec]]:
+    """Yield how to round a weight anew: as it was, if that helps, then the target's."""
+    if any(a is not None for a in (q.offset, q.input_scale, q.input_index)):
+        yield lambda: q.spec
+    yield lambda: sink.nearest(q.shape, q.dtype)
+
+
+def _requantized(q: QTensor, spec: QuantSpec) -> tuple[QTensor, jax.Array]:
+    """Return a weight rounded to nearest, for the activation it had, and its error."""
+    again, error = _rounded(_nameless(q), spec)
+    scaled = q.input_scale is not None
+    again = dataclasses.replace(
+        again,
         dtype=q.dtype,
         activation=q.activation,
-        activation_scale=None if q.input_scale is not None else q.activation_scale,
-        activation_zero=None if q.input_scale is not None else q.activation_zero,
+        activation_scale=None if scaled else q.activation_scale,
+        activation_zero=None if scaled else q.activation_zero,
     )
+    return again, error
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _rounded(q: QTensor, spec: QuantSpec) -> tuple[QTensor, jax.Array]:
+    """Round a weight; compiled, since floats of all of it would be many times its size.
+
+    Returns:
+        The weight, and ``‖w' − w‖ / ‖w‖``.
+    """
+    values = q.dequantize(jnp.float32)
+    again = quantize(values, spec)
+    lost = jnp.linalg.norm(again.dequantize(jnp.float32) - values)
+    size = jnp.maximum(jnp.linalg.norm(values), jnp.finfo(jnp.float32).tiny)
+    return again, lost / size
+
+
+def _nameless(q: QTensor) -> QTensor:
+    """Return a tensor that was compiled for if another like it was."""
+    return dataclasses.replace(q, name=None)
+
+
+@jax.jit
+def _dequantized(q: QTensor) -> jax.Array:
+    return q.dequantize()
 
 
 def _write_float(leaf: _Leaf, sink: Any, values: np.ndarray) -> None:
@@ -263,11 +298,17 @@ def _refusal(rows: list[Row], to: str) -> UnsupportedError:
     )
 
 
-def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Any:
-    if to in GGUF:
-        return GGUFSink(folder, model.config, GGUF[to])
-    write = None if to == FLOAT else CODECS[to].write
-    return SafetensorsSink(folder, None if write is None else write(), shard_bytes)
+@contextlib.contextmanager
+def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Iterator[Any]:
+    if to not in GGUF:
+        write = None if to == FLOAT else CODECS[to].write
+        yield SafetensorsSink(folder, None if write is None else write(), shard_bytes)
+        return
+    sink = GGUFSink(folder, model.config, GGUF[to])
+    try:
+        yield sink
+    finally:
+        sink.release()
 
 
 def _is_foreign(source: str | Path | Model) -> bool:

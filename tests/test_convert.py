@@ -1,8 +1,11 @@
 """Converting between formats: what stays exact, what is refused, what is lost."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import resource
+import shutil
 from pathlib import Path
 
 import jax
@@ -234,19 +237,51 @@ def test_an_old_model_survives_a_failed_conversion(tmp_path):
         jaxq.convert(AWQ, out, "awq", overwrite=True)
 
 
-def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    jaxq.convert(GPTQ, out, "gptq")
+@contextlib.contextmanager
+def _full_disk(room):
+    """No file may be longer than so many bytes, whoever writes it."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """A model that was there before."""
+    return jaxq.convert(GPTQ, tmp_path_factory.mktemp("old") / "out", "gptq").path
+
+
+@pytest.mark.parametrize("room", [0, 1_000, 30_000])
+@pytest.mark.parametrize("to", [to for to in TARGETS if to != "jaxq"])
+def test_a_full_disk_leaves_the_old_model(tmp_path, old, to, room):
+    out = Path(shutil.copytree(old, tmp_path / "out"))
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    from jaxq.checkpoints import safetensors
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors, "write", full)
-    with pytest.raises(WriteError, match="No space left"):
-        jaxq.convert(AWQ, out, "awq", overwrite=True)
+    with _full_disk(room), pytest.raises(WriteError, match="is untouched"):
+        jaxq.convert(GPTQ, out, to, requantize=True, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("to", ["gptq", "gguf", "jaxq"])
+def test_a_disk_that_cannot_be_written_leaves_the_old_model(
+    tmp_path, old, monkeypatch, to
+):
+    out = Path(shutil.copytree(old, tmp_path / "out"))
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    if to == "jaxq":
+        out = tmp_path / "new"
+
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(WriteError, match="Read-only file system"):
+        jaxq.convert(GPTQ, out, to, requantize=True, overwrite=True)
+    kept = tmp_path / "out"
+    assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -1,7 +1,8 @@
-"""GGUF files of Llama's relatives: names, permuted rows and config.
+"""GGUF files of Llama's relatives: names, permuted rows, shifted norms and config.
 
 llama.cpp interleaves the two rotary halves of the query and key rows of architecture
-``llama``; here they are put back. The tokenizer is left to the Hugging Face folder.
+``llama``, and adds 1 to the norms of Gemma; here that is undone. The tokenizer is left
+to the Hugging Face folder.
 """
 
 import dataclasses
@@ -13,46 +14,18 @@ from typing import Any
 import numpy as np
 
 from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
+from jaxq.codecs.gguf_architectures import (
+    ARCHITECTURES,
+    OPTIONAL,
+    ROTARY,
+    TOP,
+    Architecture,
+    query_scalar,
+)
 from jaxq.codecs.gguf_blocks import FLOAT_TYPES, TYPES
 from jaxq.codecs.gguf_file import GGUFFile, Tensor, read_file
 from jaxq.codecs.source import fill
 from jaxq.codecs.unpacked import Unpacked
-
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-TOP |= {"output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# general.architecture -> Hugging Face's class
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-INTERLEAVED = ("llama",)
-# Hugging Face's key -> GGUF's, and what kind of number
-KEYS = {
-    "num_hidden_layers": ("block_count", int),
-    "max_position_embeddings": ("context_length", int),
-    "hidden_size": ("embedding_length", int),
-    "intermediate_size": ("feed_forward_length", int),
-    "num_attention_heads": ("attention.head_count", int),
-    "num_key_value_heads": ("attention.head_count_kv", int),
-    "head_dim": ("attention.key_length", int),
-    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", float),
-    "rope_theta": ("rope.freq_base", float),
-}
-OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +36,13 @@ class GGUFSource:
         file: the open file.
         names: of each tensor in the file, by Hugging Face's.
         heads: query heads and key heads whose rows are interleaved, or None.
+        norm_offset: what norms' weights hold more than Hugging Face's.
     """
 
     file: GGUFFile
     names: Mapping[str, str]
     heads: tuple[int, int] | None
+    norm_offset: float
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -90,6 +65,8 @@ class GGUFSource:
         tensor = self.tensor(name)
         out = np.empty(tensor.shape, FLOAT_TYPES[tensor.type][1])
         fill(self.file.path, self.file.size, tensor.start, out)
+        if name.endswith("norm.weight") and self.norm_offset:
+            return out - np.asarray(self.norm_offset, out.dtype)
         return self._in_order(name, out)
 
     def blocks(self, name: str) -> np.ndarray:
@@ -147,8 +124,14 @@ class GGUFReader:
         return {}
 
 
-def open_gguf(path: Path) -> tuple[GGUFSource, dict[str, Any]]:
+def open_gguf(
+    path: Path, given: Mapping[str, Any] | None = None
+) -> tuple[GGUFSource, dict[str, Any]]:
     """Return the tensors of a file, and its config as Hugging Face would write it.
+
+    Args:
+        path: of the file.
+        given: the model's own config, where there is one: it has the word.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -161,31 +144,49 @@ def open_gguf(path: Path) -> tuple[GGUFSource, dict[str, Any]]:
             f"{path}: general.architecture is {str(name)[:80]!a}; GGUF files are read "
             f"of {', '.join(ARCHITECTURES)}"
         )
-    config = _config(file, name)
-    names = {_hf_name(tensor, path): tensor for tensor in file.tensors}
+    kind = ARCHITECTURES[name]
+    config = _numbers(file, name, kind)
+    names = {
+        _hf_name(tensor, path, kind): tensor
+        for tensor in file.tensors
+        if tensor.removesuffix(".weight") not in ROTARY
+    }
     heads = None
-    if name in INTERLEAVED:
+    if kind.interleaved:
         count = config["num_attention_heads"]
         heads = count, config.get("num_key_value_heads", count)
-    return GGUFSource(file, names, heads), config
+    source = GGUFSource(file, names, heads, kind.norm_offset)
+    if given is not None:
+        return source, dict(given)
+    return source, config | _others(file, name, kind, config)
 
 
-def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
-    config: dict[str, Any] = {"architectures": [ARCHITECTURES[architecture]]}
-    config["model_type"] = architecture
-    for key, (name, kind) in KEYS.items():
-        value = file.values.get(f"{architecture}.{name}")
-        if value is None and key in OPTIONAL:
+def _numbers(file: GGUFFile, name: str, kind: Architecture) -> dict[str, Any]:
+    """Return the settings that are numbers."""
+    config: dict[str, Any] = {}
+    for key, (theirs, type_) in kind.keys.items():
+        value = file.values.get(f"{name}.{theirs}")
+        if value is None and (key in OPTIONAL or key in kind.extra):
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or (kind is int and type(value) is not int) or value <= 0:
+        if not number or (type_ is int and type(value) is not int) or value <= 0:
             raise CheckpointError(
-                f"{file.path}: {architecture}.{name} is {str(value)[:80]!a}; it must "
+                f"{file.path}: {name}.{theirs} is {str(value)[:80]!a}; it must "
                 "be a positive number"
             )
         config[key] = value
-    scaling = file.values.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in file.tensors:
+    return config
+
+
+def _others(
+    file: GGUFFile, name: str, kind: Architecture, numbers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what else a config says."""
+    config: dict[str, Any] = {"architectures": [kind.name]}
+    config["model_type"] = kind.model_type
+    scaling = file.values.get(f"{name}.rope.scaling.type", "none")
+    tables = [table for table in ROTARY if f"{table}.weight" in file.tensors]
+    if scaling != "none" or tables:
         raise UnsupportedError(
             f"{file.path} scales its rotary angles ({str(scaling)[:40]!a}); put the "
             "model's config.json beside it, which says how"
@@ -195,20 +196,39 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
         raise CheckpointError(f"{file.path} has no matrix 'token_embd.weight'")
     config["vocab_size"] = table.shape[0]
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    if architecture == "llama" and "blk.0.attn_q.bias" in file.tensors:
+    if name == "llama" and "blk.0.attn_q.bias" in file.tensors:
         config["attention_bias"] = True
+    config |= _rotary_width(file, name, numbers)
+    if kind.widest is not None:
+        config["query_pre_attn_scalar"] = query_scalar(kind, numbers)
     eos = file.values.get("tokenizer.ggml.eos_token_id")
     return config if eos is None else config | {"eos_token_id": eos}
 
 
-def _hf_name(name: str, path: Path) -> str:
+def _rotary_width(
+    file: GGUFFile, name: str, numbers: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return which part of a head turns, where it is not all of it."""
+    width = file.values.get(f"{name}.rope.dimension_count")
+    heads, hidden = numbers["num_attention_heads"], numbers["hidden_size"]
+    head = numbers.get("head_dim", hidden // heads)
+    if type(width) is not int or width == head:
+        return {}
+    if name != "phi3" or not 0 < width < head:
+        raise UnsupportedError(
+            f"{file.path}: {name}.rope.dimension_count is {width}, and heads are "
+            f"{head} wide; only phi3 turns a part of a head"
+        )
+    return {"partial_rotary_factor": width / head}
+
+
+def _hf_name(name: str, path: Path, kind: Architecture) -> str:
     stem, _, leaf = name.rpartition(".")
     layer = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)", stem)
     if stem in TOP and leaf == "weight":
         return f"{TOP[stem]}.{leaf}"
-    if layer and layer[2] in LAYER and leaf in ("weight", "bias"):
-        return f"model.layers.{int(layer[1])}.{LAYER[layer[2]]}.{leaf}"
+    if layer and layer[2] in kind.layer and leaf in ("weight", "bias"):
+        return f"model.layers.{int(layer[1])}.{kind.layer[layer[2]]}.{leaf}"
     raise UnsupportedError(
-        f"{path} holds the tensor {name[:80]!a}, which none of "
-        f"{', '.join(ARCHITECTURES)} has"
+        f"{path} holds the tensor {name[:80]!a}, which no {kind.name} has"
     )

@@ -1,5 +1,6 @@
 """Write GGUF files of Llama's relatives: Q8_0 or Q4_0, and what stays float."""
 
+import contextlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,7 +11,13 @@ import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
 from jaxq.codecs.folder import write_config
-from jaxq.codecs.gguf import ARCHITECTURES, INTERLEAVED, KEYS, LAYER, OPTIONAL, TOP
+from jaxq.codecs.gguf_architectures import (
+    ARCHITECTURES,
+    OPTIONAL,
+    TOP,
+    Architecture,
+    query_scalar,
+)
 from jaxq.codecs.gguf_blocks import FLOAT_TYPES, TYPES
 from jaxq.codecs.gguf_file import ALIGNMENT, header
 from jaxq.codecs.integers import refuse_activation, refuse_extras, refuse_order
@@ -24,8 +31,8 @@ TARGETS = {
     2: (QuantSpec("int4", 32, grid="full", scale="float16"), 2),
 }
 TYPE_OF = {spec.format: kind for kind, (spec, _) in TARGETS.items()}
+USUAL_PATTERN = 6  # of Gemma 3: which layer of so many sees everything
 _TOP = {theirs: ours for ours, theirs in TOP.items()}
-_LAYER = {theirs: ours for ours, theirs in LAYER.items()}
 
 
 class GGUFSink:
@@ -41,8 +48,10 @@ class GGUFSink:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], kind: int) -> None:
         self.folder, self.kind = folder, kind
-        self.architecture = _architecture(config)
-        self.values = _values(config, self.architecture)
+        name = _architecture(config)
+        self.architecture = ARCHITECTURES[name]
+        self.values = _values(config, name, self.architecture)
+        self.names = {theirs: ours for ours, theirs in self.architecture.layer.items()}
         heads = int(config["num_attention_heads"])
         self.heads = heads, int(config.get("num_key_value_heads") or heads)
         self.tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
@@ -71,6 +80,8 @@ class GGUFSink:
         del is_layer
         if values.ndim == 1:
             values = values.astype(np.float32)
+        if name.endswith("norm.weight"):
+            values = values + np.float32(self.architecture.norm_offset)
         kinds = {dtype: kind for kind, (_, dtype) in FLOAT_TYPES.items()}
         values = self._in_order(name, np.ascontiguousarray(values))
         self._add(name, kinds[values.dtype], values.shape, values.tobytes())
@@ -93,66 +104,117 @@ class GGUFSink:
         (self.folder / "data.partial").unlink()
         write_config(self.folder, config)
 
+    def release(self) -> None:
+        """Let go of what is open, whatever happened; more than once if need be."""
+        with contextlib.suppress(OSError):  # a full disk was told of already
+            self.spool.close()
+
     def _add(self, name: str, kind: int, shape: tuple[int, ...], data: bytes) -> None:
-        self.tensors[_gguf_name(name)] = kind, shape, len(data)
+        self.tensors[self._gguf_name(name)] = kind, shape, len(data)
         self.spool.write(data)
         self.spool.write(bytes(-len(data) % ALIGNMENT))
 
     def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Interleave the rotary halves of query and key rows, as llama.cpp does."""
         found = re.search(r"\.([qk])_proj\b", name)
-        if self.architecture not in INTERLEAVED or not found:
+        if not self.architecture.interleaved or not found:
             return rows
         heads = self.heads[0 if found[1] == "q" else 1]
         order = np.arange(len(rows)).reshape(heads, 2, -1).swapaxes(1, 2)
         return rows[order.reshape(-1)]
+
+    def _gguf_name(self, name: str) -> str:
+        stem, _, leaf = name.rpartition(".")
+        if stem in _TOP:
+            return f"{_TOP[stem]}.{leaf}"
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+        if not layer or layer[2] not in self.names:
+            raise UnsupportedError(f"GGUF has no name for {name!r}")
+        return f"blk.{layer[1]}.{self.names[layer[2]]}.{leaf}"
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
     kind = config.get("model_type")
     if kind == "mistral" and config.get("sliding_window") is None:
         return "llama"
-    if kind not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"GGUF is written for {', '.join(ARCHITECTURES)} (and mistral without a "
-            f"sliding window), not for {kind!r}"
-        )
-    return str(kind)
+    for name, row in ARCHITECTURES.items():
+        if row.model_type == kind:
+            return name
+    raise UnsupportedError(
+        f"GGUF is written for {', '.join(ARCHITECTURES)} (and mistral without a "
+        f"sliding window), not for {kind!r}"
+    )
 
 
-def _values(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def _values(config: Mapping[str, Any], name: str, kind: Architecture) -> dict[str, Any]:
+    known = {"rope_theta": _theta(config), **config}
+    values: dict[str, Any] = {
+        "general.architecture": name,
+        "general.type": "model",
+        "general.quantization_version": 2,
+        "tokenizer.ggml.model": "none",
+        f"{name}.vocab_size": int(config["vocab_size"]),
+    }
+    for key, (theirs, number) in kind.keys.items():
+        value = known.get(key)
+        if value is None and not (key in OPTIONAL or key in kind.extra):
+            raise UnsupportedError(f"config.json has no {key!r}, which GGUF needs")
+        if value is not None:
+            values[f"{name}.{theirs}"] = number(value)
+    head = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
+    for theirs in ("attention.key_length", "attention.value_length"):
+        values[f"{name}.{theirs}"] = int(head)
+    part = known.get("partial_rotary_factor") or _rope(config).get(
+        "partial_rotary_factor", 1.0
+    )
+    values[f"{name}.rope.dimension_count"] = int(head * part)
+    _refuse_unsaid(kind, {**known, "head_dim": head})
+    return values
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rotary settings, of two those of layers that see everything."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("full_attention") or rope
+
+
+def _theta(config: Mapping[str, Any]) -> float:
+    rope = _rope(config)
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise UnsupportedError(
             f"GGUF is not written for rotary angles scaled as {scaling!r}"
         )
-    known = {"rope_theta": rope.get("rope_theta", 10_000.0), **config}
-    values: dict[str, Any] = {
-        "general.architecture": architecture,
-        "general.type": "model",
-        "general.quantization_version": 2,
-        "tokenizer.ggml.model": "none",
-        f"{architecture}.vocab_size": int(config["vocab_size"]),
-    }
-    for key, (name, kind) in KEYS.items():
-        value = known.get(key)
-        if value is None and key not in OPTIONAL:
-            raise UnsupportedError(f"config.json has no {key!r}, which GGUF needs")
-        if value is not None:
-            values[f"{architecture}.{name}"] = kind(value)
-    head = known.get("head_dim") or known["hidden_size"] // known["num_attention_heads"]
-    for name in ("attention.key_length", "attention.value_length"):
-        values[f"{architecture}.{name}"] = int(head)
-    values[f"{architecture}.rope.dimension_count"] = int(head)
-    return values
+    return rope.get("rope_theta", 10_000.0)
 
 
-def _gguf_name(name: str) -> str:
-    stem, _, leaf = name.rpartition(".")
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{leaf}"
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
-    if not layer or layer[2] not in _LAYER:
-        raise UnsupportedError(f"GGUF has no name for {name!r}")
-    return f"blk.{layer[1]}.{_LAYER[layer[2]]}.{leaf}"
+def _refuse_unsaid(kind: Architecture, config: Mapping[str, Any]) -> None:
+    """Raise where llama.cpp would take something else for what no file says."""
+    if kind.widest is None:
+        return
+    wanted = query_scalar(kind, config)
+    if config.get("query_pre_attn_scalar", wanted) != wanted:
+        raise UnsupportedError(
+            f"GGUF cannot say query_pre_attn_scalar: llama.cpp takes {wanted} for such "
+            f"a model, and it is {config['query_pre_attn_scalar']}"
+        )
+    local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    theta = config.get("rope_local_base_freq", local.get("rope_theta", 10_000.0))
+    pattern = config.get("sliding_window_pattern") or config.get(
+        "_sliding_window_pattern", USUAL_PATTERN
+    )
+    if theta != 10_000.0 or pattern != USUAL_PATTERN or _odd_layers(kind, config):
+        raise UnsupportedError(
+            "GGUF cannot say which layers slide, nor how their rotary angles turn: "
+            "llama.cpp takes what Gemma has, and it is something else"
+        )
+
+
+def _odd_layers(kind: Architecture, config: Mapping[str, Any]) -> bool:
+    """Whether the layers that slide are others than Gemma's."""
+    every = USUAL_PATTERN if kind.model_type == "gemma3_text" else 2
+    found = config.get("layer_types")
+    words = ("full_attention", "sliding_attention")
+    return found is not None and list(found) != [
+        words[bool((i + 1) % every)] for i in range(len(found))
+    ]

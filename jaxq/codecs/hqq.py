@@ -1,9 +1,12 @@
 """HQQ checkpoints: ``w = (q − zero) · scale`` with float zero points.
 
 The matrix is reshaped to ``[rows, group]`` (axis 1) or ``[group, columns]`` (axis 0,
-whose groups are strided) and packed by slices of its rows. With whole zero points and
-axis 1 it is a `QTensor`; otherwise it is dequantized, with the two roundings that HQQ
-has. Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/.
+whose groups are strided) and packed by slices of its rows. Axis 1 is a `QTensor`: a
+zero point that is no integer is held as the offset ``−zero · scale``, which is exact in
+float32, so that ``w`` is rounded once, where HQQ rounds the difference and the product.
+Axis 0 is dequantized as HQQ does it.
+
+Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/.
 """
 
 import dataclasses
@@ -78,16 +81,14 @@ class HQQReader:
         kind = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}[dtype.name]
         scale = need(self.source, f"{module}.scale", (kind,), line)
         zero = need(self.source, f"{module}.zero", (kind,), line)
-        wide = zero.astype(np.float32)
-        whole = (wide == np.rint(wide)).all() and 0 <= wide.min() <= wide.max() < 256
-        if axis and whole and bits > 1 and shape[1] % group == 0:
+        if axis and bits > 1 and shape[1] % group == 0:
             rows = (shape[0], shape[1] // group)
-            zeros = wide.astype(np.uint8).reshape(rows).T
-            scales = scale.reshape(rows).T
-            return assemble(codes.reshape(shape).T, scales, zeros, bits, group)
-        values = ((codes - wide).astype(dtype) * scale).astype(dtype)
-        why = "its zero points are no integers" if axis else "its groups are strided"
-        return Dense(values.reshape(shape), why)
+            lines = scale.reshape(rows).T, zero.reshape(rows).T
+            return _matrix(codes.reshape(shape).T, *lines, bits, group)
+        wide = codes - zero.astype(np.float32)
+        values = (wide.astype(dtype) * scale).astype(dtype)
+        why = "its groups run across rows" if axis else "its groups are strided"
+        return Dense(values.reshape(shape), "it has 1 bit" if bits == 1 else why)
 
     def unused(self) -> Mapping[str, str]:
         """Nothing is left unread."""
@@ -142,6 +143,19 @@ class HQQReader:
                 f"{', '.join(allowed)}"
             )
         return word
+
+
+def _matrix(
+    codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, bits: int, group: int
+) -> Unpacked:
+    """Return codes ``[in, out]`` with scales and zero points ``[groups, out]``."""
+    wide = zeros.astype(np.float32)
+    if (wide == np.rint(wide)).all() and 0 <= wide.min() <= wide.max() < 256:
+        return assemble(codes, scales, wide.astype(np.uint8), bits, group)
+    plain = assemble(codes, scales, np.zeros(zeros.shape, np.uint8), bits, group)
+    spec = dataclasses.replace(plain.spec, symmetric=True)
+    offset = -wide * scales.astype(np.float32)
+    return dataclasses.replace(plain, spec=spec, zeros=None, offset=offset)
 
 
 def read(config: Mapping[str, Any], source: Source) -> HQQReader:

@@ -97,10 +97,9 @@ def open_model(path: Path) -> tuple[dict[str, Any], Checkpoint]:
         config = read_config(path)
         checkpoint = open_checkpoint(path, config)
     else:
-        source, config = open_gguf(file)
+        beside = (file.parent / "config.json").is_file()
+        source, config = open_gguf(file, read_config(file.parent) if beside else None)
         checkpoint = Checkpoint(source, GGUFReader(source), "gguf", str(file))
-        if (file.parent / "config.json").is_file():
-            config = read_config(file.parent)
     own_head = checkpoint.codec != "float" and "lm_head.weight" in checkpoint
     if own_head and config.get("tie_word_embeddings"):
         config = {**config, "tie_word_embeddings": False}

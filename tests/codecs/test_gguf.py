@@ -1,19 +1,25 @@
 """GGUF: every block type against ggml's C code; damaged files."""
 
+import functools
 import hashlib
 import json
 import struct
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+import jaxq
 from jaxq.checkpoints.errors import CheckpointError, CorruptError, UnsupportedError
 from jaxq.codecs.gguf import open_gguf
 from jaxq.codecs.gguf_blocks import TYPES
 from jaxq.codecs.gguf_file import read_file
+from jaxq.codecs.gguf_write import GGUFSink
 from jaxq.codecs.source import fill
+from jaxq.models import find_family
 from tests.codecs.excerpts import digest, write_gguf
+from tests.tiny_lm import write_tiny
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "gguf" / "blocks.gguf"
@@ -101,7 +107,7 @@ def test_overlapping_tensors_are_refused(tmp_path):
 def test_unknown_architectures_and_types_are_named(tmp_path):
     path = tmp_path / "a.gguf"
     write_gguf(path, {"general.architecture": "falcon"}, {})
-    with pytest.raises(UnsupportedError, match=r"falcon.*llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedError, match=r"falcon.*llama, qwen2, qwen3, phi3"):
         open_gguf(path)
     write_gguf(path, {}, {"a": (19, (256,), bytes(50))})
     with pytest.raises(UnsupportedError, match=r"ggml type 19.*Q4_K"):
@@ -116,9 +122,87 @@ def test_a_scaled_rope_needs_the_models_own_config(tmp_path):
     write_gguf(path, values, {"token_embd.weight": table})
     with pytest.raises(UnsupportedError, match=r"config\.json"):
         open_gguf(path)
+    given = {"model_type": "llama"}
+    assert open_gguf(path, given)[1] == given
     write_gguf(path, {**values, "llama.block_count": 0.5}, {})
     with pytest.raises(CheckpointError, match="block_count"):
         open_gguf(path)
+
+
+GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 24,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {
+    "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "final_logit_softcapping": 20.0}),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {**GEMMA, "num_hidden_layers": 6, "rope_theta": 1e6},
+    ),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama": ("LlamaForCausalLM", {"attention_bias": True}),
+}
+
+
+def _written(folder, model_type, **changes):
+    """A float model in GGUF without its config, and the model."""
+    name, more = FAMILIES[model_type]
+    # GGUF's numbers are float32
+    about = {"architectures": [name], "model_type": model_type, "rms_norm_eps": 2**-17}
+    lm = jaxq.load_model(write_tiny(folder / "hf", **{**about, **more, **changes}))
+    config = json.loads(lm.files["config.json"])
+    out = folder / "gguf"
+    out.mkdir()
+    sink = GGUFSink(out, config, 8)
+    for tensor, slot in find_family(config).slots(lm.config).items():
+        value = functools.reduce(lambda tree, key: tree[key], slot.path, lm.params)
+        sink.floating(tensor, np.asarray(value.T if slot.transposed else value), False)
+    sink.close(config)
+    (out / "config.json").unlink()
+    return lm, out / "model.gguf"
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_file_says_all_of_a_model(tmp_path, model_type):
+    lm, path = _written(tmp_path, model_type)
+    again = jaxq.load_model(path)
+    assert again.config == lm.config
+    found, _ = jax.tree_util.tree_flatten_with_path(again.params)
+    for (where, a), b in zip(found, jax.tree.leaves(lm.params), strict=True):
+        exact = "norm" not in jax.tree_util.keystr(where)
+        np.testing.assert_allclose(a, b, atol=0 if exact else 2**-23)
+
+
+def test_norms_of_gemma_are_shifted(tmp_path):
+    lm, path = _written(tmp_path, "gemma2")
+    file = read_file(path)
+    out = np.empty(64, "<f4")
+    fill(file.path, file.size, file.tensors["output_norm.weight"].start, out)
+    np.testing.assert_array_equal(
+        out, 1 + np.asarray(lm.params["params"]["norm"]["weight"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 256}, "takes 24.*it is 256"),
+        ("gemma3_text", {"rope_local_base_freq": 50.0}, "which layers slide"),
+        ("gemma3_text", {"sliding_window_pattern": 3}, "which layers slide"),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "angles scaled as 'linear'",
+        ),
+    ],
+)
+def test_what_no_file_can_say_is_refused(tmp_path, model_type, changes, message):
+    with pytest.raises(UnsupportedError, match=message):
+        _written(tmp_path, model_type, **changes)
 
 
 def test_the_digest_is_of_the_numbers():

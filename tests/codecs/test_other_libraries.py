@@ -108,6 +108,45 @@ def test_transformers_computes_the_same_from_what_we_write(
     np.testing.assert_allclose(theirs, ours, atol=tolerance * float(ours.std()))
 
 
+GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "num_key_value_heads": 1,
+    "sliding_window": 8,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        # its config has tokens up to 32000, which no GGUF file changes
+        ("Phi3ForCausalLM", {"model_type": "phi3", "vocab_size": 32064}),
+        ("Gemma2ForCausalLM", {**GEMMA, "model_type": "gemma2"}),
+        (
+            "Gemma3ForCausalLM",
+            {**GEMMA, "model_type": "gemma3_text", "rope_theta": 1e6}
+            | {"num_hidden_layers": 6},
+        ),
+    ],
+)
+def test_transformers_reads_other_families_from_gguf(tmp_path, architecture, changes):
+    """From the file alone: names, shifted norms and settings are llama.cpp's."""
+    folder = write_tiny(tmp_path / "in", architectures=[architecture], **changes)
+    spec = QuantSpec("int8", 32, scale="float16")
+    rules = (Rule("*embed*"), Rule("*layers*kernel", spec), Rule("*"))
+    lm = jaxq.load_model(folder).quantize(Recipe("mine", rules))
+    done = jaxq.convert(lm, tmp_path / "out", "gguf")
+    assert done.lossless
+    (tmp_path / "out" / "config.json").unlink()
+    _, theirs = _theirs(tmp_path / "out", "float32", gguf_file="model.gguf")
+    ours = _ours(lm)
+    np.testing.assert_allclose(theirs, ours, atol=1e-3 * float(ours.std()))
+    again = jaxq.load_model(tmp_path / "out" / "model.gguf")
+    np.testing.assert_allclose(_ours(again), ours, atol=1e-4 * float(ours.std()))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
