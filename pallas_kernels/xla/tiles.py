@@ -42,7 +42,13 @@ class Tiling:
 
     @classmethod
     def of(
-        cls, codes: jax.Array, scales: jax.Array, bits: int, pack: int, group: int
+        cls,
+        codes: jax.Array,
+        scales: jax.Array,
+        bits: int,
+        pack: int,
+        group: int,
+        times: int = 1,
     ) -> "Tiling":
         """Choose the largest tile in the cache that cuts no block and no group.
 
@@ -52,10 +58,12 @@ class Tiling:
             bits: bits per code.
             pack: rows per packing block.
             group: rows per scale.
+            times: how many times larger than others the tile may be.
         """
         rows, columns = codes.shape[-2] * 8 // bits, codes.shape[-1]
         group = rows if scales.shape[-2] == 1 else group
-        most = max(min(ROWS_PER_TILE, ELEMENTS_PER_TILE // max(columns, 1)), 1)
+        most = min(ROWS_PER_TILE, ELEMENTS_PER_TILE // max(columns, 1))
+        most = max(most * times, 1)
         unit = pack if bits < 8 else 1
         if group % unit:
             unit = math.lcm(unit, group)
