@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.lift.program import Key
-from jaxq.pipeline.store import Store
+from jaxq.pipeline.store import Store, as_multiplied
 from jaxq.pipeline.stream import Stream
+from jaxq.qtensor import QTensor
 
 # a few batches are enough to rank candidates
 BATCHES = 4
@@ -38,7 +39,9 @@ class Judge:
 
         def weight(key: Key) -> Any:
             found = candidates.get(key)
-            return self.store.float_weight(key) if found is None else found
+            if found is None:
+                return self.store.float_weight(key)
+            return as_multiplied(found) if isinstance(found, QTensor) else found
 
         moved = self._run(weight)
         pairs = zip(self._exact, moved, strict=True)

@@ -91,9 +91,10 @@ class Store:
         return rule is not None and rule.is_tuned
 
     def weight(self, key: Key) -> Any:
-        """Return a weight as the quantized model has it."""
+        """Return a weight as the quantized model has it; see `as_multiplied`."""
         if key in self.settled:
-            return self.settled[key]
+            q = self.settled[key]
+            return as_multiplied(q) if self._is_mine(key) else q
         row = self.rows.get(key.path)
         if row is None or not row.is_quantized or row.rule is None:
             return self.read(key)
@@ -165,6 +166,20 @@ class Store:
                 yield path, self.solve_without_data(path) if known is None else known
             else:
                 yield path, leaf
+
+
+def as_multiplied(q: QTensor) -> Any:
+    """Return what stands for a weight in products: its numbers, where that is the same.
+
+    As an array it runs what was compiled for the float one. Where the activation is
+    quantized as well, only the tensor itself says how.
+    """
+    return q if q.activation is not None else _numbers(q)
+
+
+@jax.jit
+def _numbers(q: QTensor) -> jax.Array:
+    return q.dequantize()
 
 
 def read_leaf(leaf: Any, index: tuple[int, ...] = ()) -> Any:

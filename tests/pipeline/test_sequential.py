@@ -1,5 +1,6 @@
 """Calibration in sequence, against doing it by hand, for all kinds of functions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxq import chain, gptq, quantized, rtn, smoothquant, split
 from jaxq.pipeline import quantize_with_evidence
+from jaxq.pipeline.store import as_multiplied
 from jaxq.qtensor import QTensor
 from jaxq.quantize import quantize
 from jaxq.recipe import Recipe, Rule
@@ -448,3 +450,12 @@ def test_data_is_asked_for():
         quantize_with_evidence(weights("a"), GPTQ, single, shapes)
     with pytest.raises(ValueError, match="fn= was given without a batch"):
         quantize_with_evidence(weights("a"), GPTQ, single, [])
+
+
+def test_streams_run_one_compiled_function() -> None:
+    """A quantized weight runs as numbers, as the float one did: nothing new compiles."""
+    w = jax.random.normal(jax.random.key(0), (64, 32))
+    q = quantize(w, QuantSpec("uint4", 32, symmetric=False), 0)
+    assert jnp.array_equal(as_multiplied(q), q.dequantize())
+    both = dataclasses.replace(q, activation=QuantSpec("int8", "token"))
+    assert as_multiplied(both) is both
