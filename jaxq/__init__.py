@@ -1,5 +1,6 @@
 """Quantize any JAX model, prove what it cost, and run it fast."""
 
+from jaxq.binary import binary_coded as binary_coded
 from jaxq.checkpoints import CheckpointError as CheckpointError
 from jaxq.checkpoints import load as load
 from jaxq.checkpoints import save as save
@@ -22,6 +23,7 @@ from jaxq.method import Chain as Chain
 from jaxq.method import Method as Method
 from jaxq.method import autoround as autoround
 from jaxq.method import awq as awq
+from jaxq.method import bcq as bcq
 from jaxq.method import chain as chain
 from jaxq.method import gptq as gptq
 from jaxq.method import rtn as rtn

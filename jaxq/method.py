@@ -104,6 +104,11 @@ def rtn(**options: Any) -> Method:
     return Method("rtn", tuple(options.items()))
 
 
+def bcq(**options: Any) -> Method:
+    """Return binary coding as a method; see `jaxq.solvers.bcq`."""
+    return Method("bcq", tuple(options.items()))
+
+
 def gptq(**options: Any) -> Method:
     """Return GPTQ as a method; see `jaxq.solvers.gptq`."""
     return Method("gptq", tuple(options.items()))

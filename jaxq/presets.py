@@ -1,7 +1,7 @@
 """The recipes that have names, as the field uses them.
 
 Those called after a method (``-gptq``, ``-autoround``, ``-awq``, ``-smoothquant``) need
-calibration data; ``llm-int8`` and the others do not.
+calibration data; ``-bcq``, ``llm-int8`` and the others do not.
 
 Two rules hold in all of them. Embedding tables, output heads and tables that are both
 are int8 per row, weight-only: they are a large part of small models, and lose next to
@@ -9,7 +9,17 @@ nothing at 8 bits. Routers (the gates of mixtures of experts) stay float, as do 
 and biases, which no product consumes.
 """
 
-from jaxq.method import Chain, Method, autoround, awq, chain, gptq, rtn, smoothquant
+from jaxq.method import (
+    Chain,
+    Method,
+    autoround,
+    awq,
+    bcq,
+    chain,
+    gptq,
+    rtn,
+    smoothquant,
+)
 from jaxq.names import lookup
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
@@ -28,6 +38,11 @@ _KEPT = (
 def _grouped(format: str) -> QuantSpec:
     """Return an integer format in groups with zero points and bfloat16 scales."""
     return QuantSpec(format, GROUP, symmetric=False, scale="bfloat16")
+
+
+def _signs(bits: int) -> QuantSpec:
+    """Return sums of signs in groups, no offset, bfloat16 scales."""
+    return QuantSpec(f"uint{bits}", GROUP, scale="bfloat16", binary=True)
 
 
 def _preset(
@@ -81,6 +96,9 @@ _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("w4a16-autoround", _grouped("uint4"), method=_TUNED),
     _preset("w3a16-autoround", _grouped("uint3"), method=_TUNED),
     _preset("w2a16-autoround", _grouped("uint2"), method=_TUNED),
+    _preset("w4a16-bcq", _signs(4), method=bcq()),
+    _preset("w3a16-bcq", _signs(3), method=bcq()),
+    _preset("w2a16-bcq", _signs(2), method=bcq()),
     _awq_preset("w4a16-awq", _grouped("uint4")),
     _awq_preset("w3a16-awq", _grouped("uint3")),
     _preset("w8a8-smoothquant", _INT8, _INT8_TOKEN, chain(smoothquant(0.5))),

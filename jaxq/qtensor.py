@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 
-from jaxq.blocks import spread
+from jaxq.blocks import grid_shape, spread
 from jaxq.scales import divide, load_scale, rounded
 from jaxq.spec import QuantSpec
 from pallas_kernels import layouts, table
@@ -59,7 +59,8 @@ class QTensor:
         codes: uint8, packed along ``axis`` (see `pallas_kernels.layouts`); in a layout
             other than ``"planar"`` what that layout makes of them.
         scales: one per block, in the storage of ``spec.scale``; a `QTensor` when the
-            scales are quantized themselves.
+            scales are quantized themselves. Binary-coded, as many per block as a code
+            has bits, beside each other along ``axis`` (see `jaxq.binary`).
         zeros: integer zero point per block, or None when symmetric.
         offset: float32 added after scaling, one per block or for all, or None.
         input_scale: float32 factor per contracted element, or None; a matrix product
@@ -154,6 +155,14 @@ class QTensor:
         missing = self.ndim - len(self.block)
         return (1,) * missing + self.block[max(-missing, 0) :]
 
+    @property
+    def scale_grid(self) -> tuple[int, ...]:
+        """How many scales lie along each axis, unless all along it share one."""
+        grid = list(grid_shape(self.stored_shape, self.blocks))
+        if self.spec.binary:
+            grid[self.axis] *= self.spec.bits
+        return tuple(grid)
+
     def scale_values(self) -> jax.Array:
         """Return the scales as float32, one per block."""
         if isinstance(self.scales, QTensor):
@@ -181,15 +190,7 @@ class QTensor:
             dtype: of the result; by default the dtype of the original tensor. The
                 arithmetic is float32.
         """
-        values, shape = self.code_values(), self.stored_shape
-        if self.zeros is not None:
-            zeros = self.zeros.astype(jnp.float32)
-            values = values - spread(zeros, self.blocks, shape)
-        scales = self.scales
-        if self.spec.scale == "inverse_float32" and not isinstance(scales, QTensor):
-            values = divide(values, spread(scales, self.blocks, shape))
-        else:
-            values = values * spread(self.scale_values(), self.blocks, shape)
+        values, shape = self._scaled_values(), self.stored_shape
         if self.offset is not None:
             offset = spread(self.offset, self.blocks, shape)
             values = rounded(values) + offset
@@ -198,6 +199,29 @@ class QTensor:
         if self.input_index is not None:
             values = _sum_rows(values, self.input_index, self.axis, self.shape)
         return values.astype(self.dtype if dtype is None else dtype)
+
+    def _scaled_values(self) -> jax.Array:
+        """Return ``(code − zero) · scale``, or the sum of scaled signs, float32."""
+        values, shape = self.code_values(), self.stored_shape
+        if self.spec.binary:
+            return self._signed_sum(values.astype(jnp.uint8))
+        if self.zeros is not None:
+            zeros = self.zeros.astype(jnp.float32)
+            values = values - spread(zeros, self.blocks, shape)
+        scales = self.scales
+        if self.spec.scale == "inverse_float32" and not isinstance(scales, QTensor):
+            return divide(values, spread(scales, self.blocks, shape))
+        return values * spread(self.scale_values(), self.blocks, shape)
+
+    def _signed_sum(self, codes: jax.Array) -> jax.Array:
+        """Return ``Σ_i ± scale_i``, the sign as bit i of a code says."""
+        scales, axis = self.scale_values(), self.axis % self.ndim
+        total = jnp.zeros(codes.shape, jnp.float32)
+        for i in range(self.spec.bits):
+            plane = jax.lax.slice_in_dim(scales, i, None, self.spec.bits, axis)
+            plane = spread(plane, self.blocks, self.stored_shape)
+            total = total + jnp.where(codes & (1 << i) != 0, plane, -plane)
+        return total
 
     def __repr__(self) -> str:
         """Say shape, dtype, format, bits and bytes in one line."""

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxq.binary import binary_coded, interleaved
 from jaxq.blocks import block_axes, block_shape, spread, to_blocks
 from jaxq.qtensor import QTensor
-from jaxq.scales import affine, store_scale, to_code_units
+from jaxq.scales import affine, divide, round_scale, store_scale, to_code_units
 from jaxq.spec import QuantSpec
 from pallas_kernels import layouts
 
@@ -132,6 +133,9 @@ def quantize(
         4.5
     """
     x = jnp.asarray(x)
+    if spec.binary and not spec.symmetric:
+        plain = dataclasses.replace(spec, binary=False)
+        return binary_coded(quantize(x, plain, axis, stacked=stacked, bounds=bounds))
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"only float arrays can be quantized, got dtype {x.dtype.name}"
@@ -143,10 +147,28 @@ def quantize(
         offset = jnp.mean(values, kept, keepdims=True)
         values = values - offset
     low, high = block_bounds(values, where.block) if bounds is None else bounds
+    if spec.binary:
+        return _even_signs(values, (low, high), spec, where, x.dtype)
     scale, zero = affine(low, high, spec)
     scales, scale = settle_scale(scale, spec, where)
     codes = encode(values, scale, zero, spec, where.block)
     return assemble(codes, scales, zero, spec, where, dtype=x.dtype, offset=offset)
+
+
+def _even_signs(
+    x: jax.Array, bounds: Bounds, spec: QuantSpec, where: Blocking, dtype: jnp.dtype
+) -> QTensor:
+    """Return sums of signs that are evenly spaced around 0: ``α_i = 2^i α_0``."""
+    steps = 2**spec.bits - 1
+    largest = jnp.maximum(jnp.abs(bounds[0]), jnp.abs(bounds[1]))
+    least = round_scale(divide(largest, steps), spec)
+    wide = spread(jnp.where(least == 0, jnp.float32(1), least), where.block, x.shape)
+    codes = jnp.clip(jnp.round((divide(x, wide) + steps) / 2), 0, steps)
+    powers = 2.0 ** jnp.arange(spec.bits, dtype=jnp.float32)
+    planes = powers.reshape(-1, *(1,) * least.ndim) * least
+    scales = interleaved(planes, where.contracting[-1])
+    stored = store_scale(scales, str(spec.scale))
+    return assemble(codes.astype(jnp.uint8), stored, None, spec, where, dtype=dtype)
 
 
 def settle_scale(
@@ -187,15 +209,20 @@ def assemble(
 
     Args:
         codes: uint8, one per element of the tensor.
-        scales: one per block, as stored.
+        scales: one per block, as stored; binary-coded, one per bit of every block.
         zeros: one per block (float32 holding integers), or None.
         spec: how the codes were chosen.
         where: the blocks.
         dtype: of the tensor that was quantized.
         offset: float32 of the same rank, or None.
+
+    Raises:
+        ValueError: when a binary-coded spec gets one scale per block.
     """
     axis = where.contracting[-1]
     length = codes.shape[axis]
+    if spec.binary:
+        _check_scales_of_bits(scales, spec, length, where.block[axis], axis)
     padded = padded_length(length, where.block[axis], spec.bits)
     if padded != length:
         pad = [(0, 0)] * codes.ndim
@@ -217,6 +244,18 @@ def assemble(
         block=where.block,
         dtype=jnp.dtype(dtype),
     )
+
+
+def _check_scales_of_bits(
+    scales: "jax.Array | QTensor", spec: QuantSpec, length: int, block: int, axis: int
+) -> None:
+    """Raise unless there is a scale for every bit of a block."""
+    if scales.shape[axis] != -(-length // block) * spec.bits:
+        raise ValueError(
+            f"{spec.describe()} has a scale per bit, and what rounds here chooses one "
+            f"per block: use the solver 'bcq' or 'rtn', or leave binary=False and "
+            f"convert the result with jaxq.binary_coded"
+        )
 
 
 def padded_length(length: int, block: int, bits: int) -> int:

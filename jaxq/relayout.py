@@ -11,6 +11,7 @@ from pallas_kernels import table
 from pallas_kernels.target import Target
 
 PLANAR = "planar"
+LOOKUP = "lookup"  # of binary-coded weights, where there is a kernel that looks up
 
 
 def relayout(q: QTensor, layout: str) -> QTensor:
@@ -50,6 +51,8 @@ def relayout_declines(q: QTensor, layout: str) -> str | None:
         return f"it packs axis {q.axis} of {q.ndim}, not the rows of a matrix"
     if any(n > 1 for n in q.blocks[:-2]):
         return "matrices of the stack share scales"
+    if q.spec.binary != (layout == LOOKUP):
+        return "it is binary-coded" if q.spec.binary else "it is not binary-coded"
     rows, columns = q.codes.shape[-2] * 8 // q.spec.bits, q.codes.shape[-1]
     return table.layout(layout).declines(q.coding, rows, columns)
 
@@ -76,11 +79,12 @@ def relayout_params(params: Any, target: Target | None = None) -> Any:
     target = Target.here() if target is None else target
     if target.backend not in table.LAYOUTS:
         return params
-    name = target.backend
 
     def one(leaf: Any) -> Any:
         if not is_qtensor(leaf) or math.prod(leaf.shape) == 0:
             return leaf
+        lookup = leaf.spec.binary and target.backend == "gpu"
+        name = LOOKUP if lookup else target.backend
         leaf = relayout(leaf, PLANAR)
         if relayout_declines(leaf, name) is not None:
             return leaf

@@ -43,6 +43,10 @@ class QuantSpec:
             et al. 2022, where it is 6). None: everything in integers.
         center: whether the mean is subtracted first and stored as an offset; used for
             double-quantized scales, as QLoRA does.
+        binary: whether every bit of a code has a scale of its own, and stands for plus
+            or minus it: ``x ≈ Σ_i α_i · (±1)``, and an offset per block unless
+            ``symmetric`` (binary coding, see `jaxq.binary`). Of unsigned integers of 2
+            to 7 bits, in groups or per channel.
 
     Raises:
         ValueError: naming the field, its value and what it may be.
@@ -59,6 +63,7 @@ class QuantSpec:
     scale: "str | QuantSpec" = "float32"
     center: bool = False
     outliers: float | None = None
+    binary: bool = False
 
     def __post_init__(self) -> None:
         """Reject what no quantizer could honour."""
@@ -85,6 +90,8 @@ class QuantSpec:
                 f"grid={self.grid!r} is a choice for signed integers, but the format "
                 f"is {self.format!r}: leave grid='restricted'"
             )
+        if self.binary:
+            _check_binary(self)
         if self.outliers is not None:
             object.__setattr__(self, "outliers", _checked_outliers(self))
 
@@ -118,7 +125,8 @@ class QuantSpec:
         else:
             scales = f"scales as {self.scale.describe()}"
         kept = "" if self.outliers is None else f", outliers from {self.outliers:g}"
-        return f"{self.format} {block}{kind}{grid}, {scales}{kept}"
+        coding = " binary-coded" if self.binary else ""
+        return f"{self.format}{coding} {block}{kind}{grid}, {scales}{kept}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as plain data."""
@@ -167,6 +175,21 @@ def _checked_outliers(spec: QuantSpec) -> float:
             f"center={spec.center}: use QuantSpec('int8', 'token', outliers={limit:g})"
         )
     return float(limit)
+
+
+def _check_binary(spec: QuantSpec) -> None:
+    """Raise unless a binary-coded spec is one that signs can be chosen for."""
+    fmt = spec.number_format
+    unsigned = fmt.is_integer and fmt.lowest == 0 and fmt.bits < 8
+    grouped = isinstance(spec.block, int) or spec.block == "channel"
+    plain = spec.scale in ("float32", "bfloat16", "float16")
+    if not (unsigned and grouped and plain) or spec.center or spec.outliers is not None:
+        raise ValueError(
+            f"binary=True is for uint2 to uint7, in groups or per channel, with scales "
+            f"in float32, bfloat16 or float16, but the spec has format="
+            f"{spec.format!r}, block={spec.block!r}, scale={spec.scale!r}, "
+            f"center={spec.center}, outliers={spec.outliers}"
+        )
 
 
 def _check_block(block: Block) -> None:

@@ -70,6 +70,8 @@ def slice_axis(
     block, packed = q.blocks[axis], axis == q.axis % q.ndim
     if packed and q.input_index is not None:
         raise ViewError("slices channels that an input index picks")
+    if packed and q.spec.binary:
+        raise ViewError("slices channels of which every bit has a scale")
     whole = 1 < length == block or block > length
     ends = (start, start + size) if start + size < length else (start,)
     if not whole and any(end % block for end in ends):
@@ -160,6 +162,9 @@ def reshape(q: QTensor, shape: Sequence[int]) -> QTensor:
     """
     q, packed = unplaced(relayout(q, PLANAR)), q.axis % q.ndim
     runs = [_run(q, *group, tuple(shape)) for group in axis_groups(q.shape, shape)]
+    changed = [run for run in runs if run.source is None and packed in run.old]
+    if q.spec.binary and changed:
+        raise ViewError("merges or splits channels of which every bit has a scale")
     if q.rows is not None:
         return _reshape_stored(q, runs, shape)
     q = plain_scales(q)

@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 LAYOUTS: dict[str, str] = {
     "tpu": "pallas_kernels.tpu.layout",
     "gpu": "pallas_kernels.gpu.layout",
+    "lookup": "pallas_kernels.lookup_layout",
 }
 
 

@@ -177,7 +177,12 @@ def _check(q: QTensor, shape: tuple[int, ...], where: str) -> None:
             f"{where}: codes {codes.shape} of {q.spec.bits} bits with padding "
             f"{q.padding} make a tensor {q.shape}, not {shape}"
         )
-    for field in ("scales", "zeros"):
+    if q.spec.binary and q.scales.shape != q.scale_grid:
+        raise CorruptError(
+            f"{where}: scales of shape {q.scales.shape} are no {q.scale_grid}, one per "
+            f"bit and block of a binary-coded tensor"
+        )
+    for field in ("zeros",) if q.spec.binary else ("scales", "zeros"):
         value = getattr(q, field)
         if value is not None and not _spreads(value.shape, q.blocks, q.stored_shape):
             raise CorruptError(

@@ -95,11 +95,15 @@ class Unpacked:
         """Return the arrays of a matrix.
 
         Raises:
-            UnsupportedError: it is no matrix.
+            UnsupportedError: it is no matrix, or binary-coded.
         """
         if q.ndim != 2:
             raise UnsupportedError(
                 f"{q!r} has rank {q.ndim}; other libraries' formats hold matrices"
+            )
+        if q.spec.binary:
+            raise UnsupportedError(
+                f"{q!r} has a scale for every bit, which no other library's format has"
             )
         q = relayout(q, PLANAR)
         transposed = q.axis == -1

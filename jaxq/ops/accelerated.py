@@ -108,6 +108,8 @@ def _not_a_product_of_codes(p: Problem) -> str | None:
         return f"the activation is {p.x.dtype.name}"
     if p.w.axis != -2:
         return "the weight is packed along an axis that is not contracted"
+    if p.w.spec.binary:
+        return "every bit of the weight has a scale of its own"
     if p.w.offset is not None:
         return "the weight has an offset"
     act = p.w.activation

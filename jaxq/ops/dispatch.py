@@ -14,6 +14,7 @@ from jaxq.layer import Layer
 from jaxq.ops.accelerated import accelerated
 from jaxq.ops.activation import quantized_input, split_outliers
 from jaxq.ops.derivative import borrow_derivative
+from jaxq.ops.lookup import LOOKUPS, lookups, run_dequantized
 from jaxq.ops.outliers import outlier_product
 from jaxq.ops.problem import Choice, Kernel, Problem
 from jaxq.qtensor import QTensor
@@ -31,6 +32,8 @@ MANY_ROWS = 256  # up to here, tiles of int8 stay in the cache; beyond, it is al
 def _needs_planar(p: Problem) -> str | None:
     if p.w.axis % p.w.ndim != 0:
         return "the weight is packed along an axis that is not contracted"
+    if p.w.spec.binary:
+        return "every bit of the weight has a scale of its own"
     return "the weight has an offset" if p.w.offset is not None else None
 
 
@@ -155,12 +158,6 @@ def _run_tiles(p: Problem) -> jax.Array:
     )
 
 
-def _run_dequantize(p: Problem) -> jax.Array:
-    x = quantized_input(p.x, p.w).astype(p.compute_dtype)
-    w = p.w.dequantize(p.compute_dtype)
-    return jnp.matmul(x, w, precision=p.precision, preferred_element_type=jnp.float32)
-
-
 _ANY = ("cpu", "gpu", "tpu")
 
 # In order of preference. The last takes everything.
@@ -172,7 +169,8 @@ KERNELS: tuple[Kernel, ...] = (
         "xla.integer_tiled_dot", _ANY, _needs_integers, _run_integer_tiles, _run_tiles
     ),
     Kernel("xla.tiled_dot", _ANY, _needs_planar, _run_tiles),
-    Kernel("xla.dequantize_dot", _ANY, lambda _: None, _run_dequantize),
+    *LOOKUPS,
+    Kernel("xla.dequantize_dot", _ANY, lambda _: None, run_dequantized),
 )
 
 
@@ -183,7 +181,8 @@ def choose(p: Problem, target: Target) -> tuple[Kernel, Choice]:
     the canonical layout: `planar_problem`.
     """
     declined: list[tuple[str, str]] = []
-    for kernel in accelerated(target):
+    special = lookups(target) if p.w.spec.binary else ()
+    for kernel in (*accelerated(target), *special):
         reason = kernel.declines(p)
         if reason is None:
             return kernel, Choice(kernel.name, tuple(declined))

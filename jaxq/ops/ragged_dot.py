@@ -32,12 +32,15 @@ def ragged_dot(
         preferred_element_type: the result's dtype.
 
     Raises:
-        ViewError: when the weight is packed along another axis, or carries an offset.
+        ViewError: when the weight is packed along another axis, carries an offset, or
+            is binary-coded.
     """
     if w.axis % w.ndim != 1 or w.ndim != 3:
         raise ViewError("the experts are not packed along the contracted axis")
     if w.offset is not None:
         raise ViewError("the experts carry an offset")
+    if w.spec.binary:
+        raise ViewError("the experts are binary-coded")
     w = relayout(w, PLANAR)
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
     x, w = _expert_input(x, w, group_sizes)

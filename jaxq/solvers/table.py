@@ -8,6 +8,8 @@ import jax
 from jaxq.qtensor import QTensor
 from jaxq.solvers.autoround import TUNING
 from jaxq.solvers.base import Solved, Solver, Statistics
+from jaxq.solvers.bcq import bcq
+from jaxq.solvers.bcq import optional_statistics as signs_statistics
 from jaxq.solvers.gptq import gptq
 from jaxq.solvers.rtn import optional_statistics, solve_rtn
 from jaxq.spec import QuantSpec
@@ -24,6 +26,7 @@ def start_autoround(*args: Any, **options: Any) -> Solved:
 
 _ROWS: tuple[Solver, ...] = (
     Solver("rtn", solve_rtn, optional=optional_statistics),
+    Solver("bcq", bcq, optional=signs_statistics),
     Solver(
         "gptq",
         gptq,
