@@ -91,13 +91,12 @@ class Conversion:
         """Say in a few lines what was done."""
         told = ", ".join(f"{count} {name}" for name, count in self.counts().items())
         lines = [f"{self.source} → {self.target}: {told}; written to {self.path}"]
-        found = {row.name: row.note for row in self.rows if row.note} | dict(self.notes)
-        by_note: dict[str, list[str]] = {}
-        for name, note in found.items():
-            by_note.setdefault(note, []).append(name)
-        for note, names in by_note.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            lines.append(f"  {names[0]}{more}: {note}")
+        found = dict(self.notes)
+        for row in self.rows:
+            if row.note:
+                read = found.get(row.name)
+                found[row.name] = f"{row.note}; {read}" if read else row.note
+        lines += [f"  {line}" for line in _by_note(found)]
         return "\n".join(lines)
 
 
@@ -110,6 +109,7 @@ class _Leaf:
     is_layer: bool
     is_inner: bool  # in a block, not a head or an embedding
     transposed: bool
+    note: str  # of the reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +137,11 @@ def convert(
     """Write a model in another library's format.
 
     A quantized weight keeps its codes and scales where the target can express them.
-    Where it cannot, it is refused, or rounded anew (to nearest) if that is asked for;
-    embeddings and heads that the target has no form for are written as floats. Scales
-    of inputs (AWQ, SmoothQuant) are folded into the module before, which is checked.
-    The folder appears completely or not at all; models of other libraries are read and
-    written tensor by tensor.
+    Where it cannot, it is refused, or rounded anew (to nearest) if that is asked for.
+    Embeddings and heads that the target has no form for are written as floats, and so
+    are weights that cannot even be rounded anew. Scales of inputs (AWQ, SmoothQuant)
+    are folded into the module before, which is checked. The folder appears completely
+    or not at all; models of other libraries are read and written tensor by tensor.
 
     Args:
         source: a model, or what `jaxq.load_model` takes.
@@ -205,7 +205,8 @@ def _write(
     for leaf in leaves:
         if not isinstance(leaf.value, QTensor):
             _write_float(leaf, sink, np.asarray(leaf.value))
-            yield Row(leaf.name, AS_FLOAT)
+            lost = leaf.note.startswith("dequantized")
+            yield Row(leaf.name, DEQUANTIZED if lost else AS_FLOAT)
         elif to == FLOAT or not (leaf.is_layer or to in GGUF):
             _write_float(leaf, sink, np.asarray(_dequantized(_nameless(leaf.value))))
             why = "" if to == FLOAT else f"{to} has no quantized embeddings"
@@ -237,7 +238,8 @@ def _write_layer(leaf: _Leaf, sink: Any, requantize: bool) -> Row:
             continue
         told = f"{why}; now {spec.describe()}" + (f"; {note}" if note else "")
         return Row(leaf.name, REQUANTIZED, told, float(error))
-    return Row(leaf.name, "", f"{why}; and rounded anew: {reasons[-1]}")
+    _write_float(leaf, sink, np.asarray(_dequantized(_nameless(q))))
+    return Row(leaf.name, DEQUANTIZED, f"{why}; nor rounded anew: {reasons[-1]}")
 
 
 def _specs(q: QTensor, sink: Any) -> Iterator[Callable[[], QuantSpec]]:
@@ -290,21 +292,34 @@ def _write_float(leaf: _Leaf, sink: Any, values: np.ndarray) -> None:
 
 
 def _refusal(rows: list[Row], to: str) -> UnsupportedError:
-    shown = "".join(f"\n  {row.name}: {row.note}" for row in rows[:5])
-    more = f"\n  and {len(rows) - 5} more" if len(rows) > 5 else ""
+    reasons = _by_note({row.name: row.note for row in rows})
+    shown = "".join(f"\n  {line}" for line in reasons[:5])
+    more = f"\n  and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
     return UnsupportedError(
         f"{len(rows)} weight(s) cannot be written as {to} without loss:{shown}{more}\n"
         f"ask for requantize=True (--requantize) to round them anew"
     )
 
 
+def _by_note(notes: Mapping[str, str]) -> list[str]:
+    """Return one line for each note, with the first tensor that has it."""
+    names: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        names.setdefault(note, []).append(name)
+    return [
+        f"{alike[0]}{f' and {len(alike) - 1} more' if len(alike) > 1 else ''}: {note}"
+        for note, alike in names.items()
+    ]
+
+
 @contextlib.contextmanager
 def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Iterator[Any]:
-    if to not in GGUF:
+    sink: Any
+    if to in GGUF:
+        sink = GGUFSink(folder, model.config, GGUF[to])
+    else:
         write = None if to == FLOAT else CODECS[to].write
-        yield SafetensorsSink(folder, None if write is None else write(), shard_bytes)
-        return
-    sink = GGUFSink(folder, model.config, GGUF[to])
+        sink = SafetensorsSink(folder, None if write is None else write(), shard_bytes)
     try:
         yield sink
     finally:
@@ -336,7 +351,7 @@ def _streamed(source: Any) -> _Model:
         for leaf in read_leaves(checkpoint, slots, None, family.unread(config)):
             if leaf.note:
                 notes[leaf.name] = leaf.note
-            yield _leaf(today[leaf.name], leaf.slot, leaf.value)
+            yield _leaf(today[leaf.name], leaf.slot, leaf.value, leaf.note)
 
     files = [p for p in _folder(path).iterdir() if p.is_file()]
     return _Model(
@@ -372,7 +387,7 @@ def _loaded(source: Any, to: str, requantize: bool) -> _Model:
                 value = value[key]
             if slot.place is not None:
                 value = _part(value, slot.place)
-            yield _leaf(name, slot, value)
+            yield _leaf(name, slot, value, lm.notes.get(name, ""))
 
     return _Model(
         codec=lm.codec if lm.codec != "float" else JAXQ,
@@ -393,10 +408,10 @@ def _part(value: Any, place: int) -> Any:
     return jax.tree.map(lambda a: a[place] if a.ndim == rank else a, value)
 
 
-def _leaf(name: str, slot: Any, value: Any) -> _Leaf:
+def _leaf(name: str, slot: Any, value: Any, note: str) -> _Leaf:
     is_layer = slot.transposed or slot.path[-1] == "kernel"
     is_inner = any(part.isdecimal() for part in name.split("."))
-    return _Leaf(name, value, is_layer, is_inner, slot.transposed)
+    return _Leaf(name, value, is_layer, is_inner, slot.transposed, note)
 
 
 def _config_of(lm: Model) -> dict[str, Any]:
@@ -450,4 +465,5 @@ def _to_jaxq(source: Any, target: Path, overwrite: bool) -> Conversion:
         )
         for path, leaf in leaves
     )
-    return Conversion(target, lm.codec, JAXQ, rows, lm.notes)
+    ours = lm.codec == FLOAT and not _is_foreign(source)
+    return Conversion(target, JAXQ if ours else lm.codec, JAXQ, rows, lm.notes)

@@ -120,8 +120,10 @@ def test_gptq_is_v1_unless_a_zero_point_is_0(tmp_path, lm, zero):
 
 
 def test_what_cannot_be_expressed_is_refused_and_nothing_is_written(tmp_path):
-    with pytest.raises(UnsupportedError, match=r"7 weight\(s\)(?s:.)*requantize"):
+    with pytest.raises(UnsupportedError, match=r"7 weight\(s\)(?s:.)*requantize") as e:
         jaxq.convert(GPTQ, tmp_path / "out", "bitsandbytes")
+    assert str(e.value).count("bitsandbytes has nf4") == 1, "each reason once"
+    assert "down_proj.weight and 6 more: bitsandbytes has" in str(e.value)
     assert os.listdir(tmp_path) == []
 
 
@@ -141,6 +143,37 @@ def test_requantizing_says_what_it_cost(tmp_path):
     assert 0.02 < row.error < 0.2
     assert "nf4 g64" in row.note
     assert "requantized" in str(done)
+
+
+def test_what_was_dequantized_when_it_was_read_is_told(tmp_path):
+    """No packed tensor has groups of unequal size, so it arrives as a float."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(GPTQ, tmp_path / "in"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.g_idx"][0] = tensors[f"{name}.g_idx"][-1]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = jaxq.convert(folder, tmp_path / "out", "gptq")
+    assert not done.lossless
+    (row,) = (row for row in done.rows if row.outcome == "float")
+    assert row.name == f"{name}.weight"
+    assert "groups of other sizes" in str(done)
+
+
+def test_what_cannot_be_rounded_anew_stays_float(tmp_path):
+    """72 channels are no blocks of 32, of Q8_0 nor of nf4."""
+    folder = write_tiny(tmp_path / "in", intermediate_size=72)
+    rules = (jaxq.Rule("*layers*kernel", jaxq.QuantSpec("int8")), jaxq.Rule("*"))
+    small = jaxq.load_model(folder).quantize(jaxq.Recipe("mine", rules))
+    done = jaxq.convert(small, tmp_path / "out", "gguf", requantize=True)
+    left = {row.name: row for row in done.rows if row.outcome == "float"}
+    assert set(left) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    assert all("no whole blocks of 32" in row.note for row in left.values())
+    again = jaxq.load_model(tmp_path / "out").params["params"]["layers_1"]["mlp"]
+    kept = small.params["params"]["layers_1"]["mlp"]["down_proj"]["kernel"]
+    np.testing.assert_array_equal(again["down_proj"]["kernel"], kept.dequantize())
+    assert isinstance(again["up_proj"]["kernel"], jaxq.QTensor)
 
 
 def test_a_float_model_is_to_be_quantized_first(tmp_path):

@@ -72,7 +72,8 @@ def refuse(target: Path, may_replace: Callable[[Path], None] | None) -> None:
         return
     if may_replace is None:
         raise ExistsError(
-            f"{target} exists; save elsewhere, or pass overwrite=True to replace it"
+            f"{target} exists; save elsewhere, or pass overwrite=True (--force) to "
+            "replace it"
         )
     may_replace(target)
 

@@ -56,11 +56,10 @@ class BitsAndBytesWriter(Writer):
         del dtype
         if self.kind == "int8":
             return QuantSpec("int8", "channel")
-        if shape[0] % 64:
-            raise UnsupportedError(
-                f"blocks of 64 would run across rows of {shape[0]}; leave it float"
-            )
-        return QuantSpec(KINDS[self.kind or "nf4"], 64)
+        sizes = [size for size in (64, 32) if shape[0] % size == 0]
+        if not sizes:
+            raise UnsupportedError(f"blocks of 32 would run across rows of {shape[0]}")
+        return QuantSpec(KINDS[self.kind or "nf4"], sizes[0])
 
     def config(self) -> dict[str, Any]:
         """Return the quantization config."""

@@ -1,5 +1,6 @@
 """Write a checkpoint's folder tensor by tensor: shards, index, config, side files."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,13 +26,15 @@ SIDE_FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 METADATA = {"format": "pt"}  # transformers asks for it
+SPOOL = "data.partial"
 
 
 class Shards:
     """Collects tensors and writes a file whenever enough came together.
 
-    Only one shard's tensors are in memory. The files get their names at the end, when
-    it is known how many there are.
+    One tensor is in memory. The others wait in a file, since a shard's header comes
+    first and says what is in it. Shards get their names at the end, when it is known
+    how many there are.
 
     Args:
         folder: an empty one.
@@ -40,17 +43,20 @@ class Shards:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        self.held: dict[str, np.ndarray] = {}
-        self.bytes = 0
+        self.held: dict[str, jax.ShapeDtypeStruct] = {}
+        self.starts: dict[str, int] = {}
         self.files: list[dict[str, int]] = []
+        self.spool = (folder / SPOOL).open("wb+")
 
     def add(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Take some tensors, and write those before if they do not fit together."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self.held and self.bytes + size > self.limit:
+        if self.held and self.spool.tell() + size > self.limit:
             self._write()
-        self.held |= tensors
-        self.bytes += size
+        for name, tensor in tensors.items():
+            self.held[name] = jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+            self.starts[name] = self.spool.tell()
+            self.spool.write(_bytes(np.ascontiguousarray(tensor)))
 
     def close(self, writer: Writer | None = None) -> None:
         """Write what is left, name the files and, if there are several, the index.
@@ -59,6 +65,8 @@ class Shards:
             writer: of the quantized layers, which knows them all now.
         """
         self._write()
+        self.release()
+        (self.folder / SPOOL).unlink()
         if writer is not None:
             for i, names in enumerate(self.files):
                 late = [name for name in names if name.endswith(writer.late)]
@@ -75,15 +83,31 @@ class Shards:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self.folder / INDEX).write_text(text, "utf-8")
 
+    def release(self) -> None:
+        """Let go of what is open, whatever happened; more than once if need be."""
+        with contextlib.suppress(OSError):  # a full disk was told of already
+            self.spool.close()
+
     def _write(self) -> None:
-        tensors = {
-            name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
-            for name, tensor in self.held.items()
-        }
         path = self.folder / _partial(len(self.files))
-        safetensors.write(path, tensors, self.held.__getitem__, METADATA)
-        self.files.append({name: t.nbytes for name, t in self.held.items()})
-        self.held, self.bytes = {}, 0
+        safetensors.write(path, self.held, self._fetch, METADATA)
+        sizes = {n: t.size * t.dtype.itemsize for n, t in self.held.items()}
+        self.files.append(sizes)
+        self.held, self.starts = {}, {}
+        self.spool.seek(0)
+        self.spool.truncate()
+
+    def _fetch(self, name: str) -> np.ndarray:
+        tensor = self.held[name]
+        out = np.empty(tensor.shape, tensor.dtype)
+        self.spool.seek(self.starts[name])
+        if self.spool.readinto(_bytes(out)) != out.nbytes:
+            raise OSError(f"{self.folder / SPOOL} lost what was written to it")
+        return out
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
 
 
 def rewrite(
@@ -173,6 +197,10 @@ class SafetensorsSink:
         if self.writer is None:
             raise UnsupportedError("a float model has no codes")
         return self.writer.nearest(shape, dtype)
+
+    def release(self) -> None:
+        """Let go of what is open."""
+        self.shards.release()
 
     def close(self, config: Mapping[str, Any]) -> None:
         """Write what is left, the index and the config."""

@@ -24,6 +24,7 @@ NVFP4 = QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))
 # how far its logits may be from ours, relative to their spread.
 WRITTEN = [
     ("bitsandbytes", QuantSpec("nf4", 64), "bfloat16", 0.1),
+    ("bitsandbytes", QuantSpec("nf4", 32), "bfloat16", 0.1),
     ("bitsandbytes", QuantSpec("fp4_bnb", 64), "bfloat16", 0.1),
     ("bitsandbytes", QuantSpec("int8", "channel"), "float16", 0.1),
     ("compressed-tensors", QuantSpec("int4", 32, **GROUP), "float32", 1e-3),

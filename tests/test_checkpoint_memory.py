@@ -1,0 +1,28 @@
+"""Reading and converting take no more memory than a shard and what is returned."""
+
+import pytest
+
+from benchmarks.checkpoint_memory import BOUND, run
+
+pytestmark = pytest.mark.slow
+
+CONVERTED = [
+    ("float", "float", False),
+    ("gptq", "compressed-tensors", False),
+    ("gptq", "bitsandbytes", True),
+]
+
+
+@pytest.mark.parametrize("name", ["float", "gptq", "compressed-tensors"])
+def test_reading_takes_what_is_returned_and_part_of_a_shard(name):
+    out = run(name, "read")
+    assert out["shards"] > 1
+    assert out["rise"] > out["returned"] / 2, "the measurement misses what is there"
+    assert out["extra"] <= BOUND * out["shard"]
+
+
+@pytest.mark.parametrize(("source", "to", "requantize"), CONVERTED)
+def test_converting_takes_part_of_a_shard(source, to, requantize):
+    out = run(source, to, requantize)
+    assert out["rise"] > 1
+    assert out["rise"] <= BOUND * out["shard"]
