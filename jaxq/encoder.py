@@ -12,7 +12,19 @@ import numpy as np
 
 from jaxq.checkpoints.errors import CheckpointError
 from jaxq.checkpoints.huggingface import read_json
-from jaxq.model import Model
+from jaxq.encoder_presets import as_encoder_recipe
+from jaxq.model import (
+    CALIBRATION_SEQUENCES,
+    CALIBRATION_TOKENS,
+    Calibration,
+    CalibrationData,
+    Model,
+    described,
+    rows_at_once,
+)
+from jaxq.recipe import Recipe
+from jaxq.spec import QuantSpec
+from jaxq.texts import attended, checked_texts, cut_texts, next_power, padded, within
 
 SENTENCES = "sentences.json"  # what is kept of sentence-transformers' files
 TEXTS_AT_ONCE = 32
@@ -93,6 +105,50 @@ class Encoder(Model):
         """Return what ``apply`` takes for texts without padding."""
         return (tokens, jnp.ones(tokens.shape, bool))
 
+    def recipe_for(
+        self, cfg: str | Recipe | QuantSpec, group_size: int | None = None
+    ) -> Recipe:
+        """Return the recipe that ``cfg`` stands for: see `jaxq.encoder_presets`."""
+        return as_encoder_recipe(cfg, group_size)
+
+    def batched(self, calibration: Calibration) -> CalibrationData:
+        """Return calibration texts as `encode` reads them, padding masked.
+
+        Every text is a sequence of its own, with the tokens that the tokenizer puts
+        around it, cut where it is too long; no more texts are taken than have 65,536
+        tokens together. One string is cut into texts at its empty lines, or at the ends
+        of lines where it has none. Arrays are taken as they are, all tokens counting.
+
+        Batches of the most frequent length come first: what looks at a few batches
+        alone looks at those.
+
+        Raises:
+            ValueError: when there is no text, or no tokenizer; on an array of another
+                rank, or tokens that the model does not know.
+            TypeError: on anything else.
+        """
+        if isinstance(calibration, np.ndarray | jax.Array):
+            return super().batched(calibration)
+        texts = checked_texts(calibration)
+        if isinstance(calibration, str):
+            texts = cut_texts(calibration)
+        ids = within(map(self._cut, texts), CALIBRATION_SEQUENCES * CALIBRATION_TOKENS)
+        if not ids:
+            raise ValueError("calibration= holds no text: give some dozens of them")
+        by_width: dict[int, list[list[int]]] = {}
+        for one in ids:
+            by_width.setdefault(self._width(len(one)), []).append(one)
+        batches, masks = [], []
+        for width in sorted(by_width, key=lambda w: -w * len(by_width[w])):
+            some = by_width[width]
+            rows = min(rows_at_once(width), next_power(len(some)))
+            for start in range(0, len(some), rows):
+                part = some[start : start + rows]
+                tokens, mask = padded(part, rows, width)
+                batches.append((jnp.asarray(tokens), jnp.asarray(attended(mask))))
+                masks.append(jnp.asarray(mask))
+        return CalibrationData(batches, masks, described(ids))
+
     def _cut(self, text: str) -> list[int]:
         """Return the tokens of a text, the last ones left out where it is too long."""
         context = int(self.config.context)
@@ -102,23 +158,24 @@ class Encoder(Model):
         tokenizer.enable_truncation(longest)
         return tokenizer.encode(text if self.pooling.cased else text.lower()).ids
 
+    def _width(self, length: int) -> int:
+        """Return to how many tokens a text of this length is padded."""
+        width = max(SHORTEST, next_power(length))
+        return min(width, max(int(self.config.context), 1))
+
     def _vectors(self, ids: list[list[int]]) -> np.ndarray:
         """Return the vectors of a batch, padded to one of a few shapes."""
-        width = max(SHORTEST, _power(max(map(len, ids))))
-        width = min(width, max(int(self.config.context), 1))
-        tokens = np.zeros((_power(len(ids)), width), np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for row, one in enumerate(ids):
-            tokens[row, : len(one)] = one
-            mask[row, : len(one)] = True
-        mask[len(ids) :, 0] = True  # rows of padding: something must be attended to
-        states = self.apply(self.params, jnp.asarray(tokens), jnp.asarray(mask))
+        width = self._width(max(map(len, ids)))
+        tokens, mask = padded(ids, next_power(len(ids)), width)
+        seen = jnp.asarray(attended(mask))
+        states = self.apply(self.params, jnp.asarray(tokens), seen)
         if states.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"{self.name} computes logits, not vectors: name the architecture "
                 f"without a head in its config.json, such as 'BertModel'"
             )
-        pooled = POOLS[self.pooling.mode](np.asarray(states), mask)[: len(ids)]
+        some = slice(0, len(ids))
+        pooled = POOLS[self.pooling.mode](np.asarray(states)[some], mask[some])
         if self.pooling.normalize:
             length = np.linalg.norm(pooled, axis=-1, keepdims=True)
             pooled = pooled / np.maximum(length, 1e-12)
@@ -207,8 +264,3 @@ def _read_mode(path: Path) -> str:
             f"{path} pools by {mode or flags}; implemented is one of {', '.join(POOLS)}"
         )
     return str(named[0])
-
-
-def _power(number: int) -> int:
-    """Return the next power of two."""
-    return 1 << (number - 1).bit_length()

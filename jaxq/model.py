@@ -28,6 +28,7 @@ from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.recipe import Recipe
 from jaxq.relayout import relayout_params
 from jaxq.spec import QuantSpec
+from jaxq.texts import checked_texts
 
 if TYPE_CHECKING:  # tokenizers takes a second to import: only when needed
     from tokenizers import Tokenizer
@@ -129,9 +130,14 @@ class Model:
         self, cfg: str | Recipe | QuantSpec, group_size: int | None = None
     ) -> Plan:
         """Say what `quantize` would do to every parameter; reads no weights."""
-        return plan(
-            self.forward, self.params, cfg, *self._example(), group_size=group_size
-        )
+        recipe = self.recipe_for(cfg, group_size)
+        return plan(self.forward, self.params, recipe, *self._example())
+
+    def recipe_for(
+        self, cfg: str | Recipe | QuantSpec, group_size: int | None = None
+    ) -> Recipe:
+        """Return the recipe that ``cfg`` stands for with a model of this kind."""
+        return as_recipe(cfg, group_size)
 
     def quantize(
         self,
@@ -157,23 +163,28 @@ class Model:
             ValueError: when the model is quantized already, a weight is not finite, or
                 a recipe needs data and there is none.
         """
-        recipe = as_recipe(cfg, group_size)
-        batches, about = self.calibration_batches(recipe, calibration)
+        recipe = self.recipe_for(cfg, group_size)
+        data = self.calibration_data(recipe, calibration)
         done = quantize_with_evidence(
-            self.params, recipe, self.forward, batches, progress=progress
+            self.params,
+            recipe,
+            self.forward,
+            data.batches,
+            masks=data.masks,
+            progress=progress,
         )
         return dataclasses.replace(
             self,
             params=relayout_params(done.params),
             recipe=recipe,
             evidence={e.path: e.to_dict() for e in done.evidence},
-            calibration=about,
+            calibration=data.about,
         )
 
-    def calibration_batches(
+    def calibration_data(
         self, recipe: Recipe, calibration: Calibration | None
-    ) -> tuple[list[tuple[jax.Array, ...]], dict[str, Any]]:
-        """Return what a recipe is calibrated on, and a description of it.
+    ) -> "CalibrationData":
+        """Return what a recipe is calibrated on.
 
         Without data, for a recipe that needs none, one batch that shows the shapes.
 
@@ -188,15 +199,14 @@ class Model:
                 f"{what}: give calibration= a text, or int[sequences, tokens]"
             )
         if calibration is None or not needy:
-            return [self._example()], {}
+            return CalibrationData([self._example()])
+        return self.batched(calibration)
+
+    def batched(self, calibration: Calibration) -> "CalibrationData":
+        """Return calibration data as batches; raises as `calibration_tokens` does."""
         tokens = self.calibration_tokens(calibration)
-        about = {
-            "sequences": len(tokens),
-            "tokens": int(tokens.size),
-            "sha256": hashlib.sha256(np.asarray(tokens, "<i4").tobytes()).hexdigest(),
-            "mode": "sequential",
-        }
-        return [self.inputs(batch) for batch in _batches(tokens)], about
+        batches = [self.inputs(batch) for batch in _batches(tokens)]
+        return CalibrationData(batches, about=described(list(tokens)))
 
     def calibration_tokens(self, calibration: Calibration) -> np.ndarray:
         """Return ``int32[sequences, tokens]`` of a text, several, or tokens.
@@ -214,7 +224,7 @@ class Model:
             return _checked_tokens(
                 np.asarray(calibration), self.config.vocab_size, context
             )
-        stream = [self.tokens_of(text) for text in _texts(calibration)]
+        stream = [self.tokens_of(text) for text in checked_texts(calibration)]
         tokens = np.concatenate(stream) if stream else np.zeros(0, np.int32)
         length = min(CALIBRATION_TOKENS, context)
         return cut_windows(tokens, length, CALIBRATION_SEQUENCES)
@@ -286,6 +296,35 @@ class Model:
         return self.inputs(jnp.zeros((1, 8), jnp.int32))
 
 
+@dataclasses.dataclass(frozen=True)
+class CalibrationData:
+    """What a model is calibrated on.
+
+    Attributes:
+        batches: tuples of the function's arguments.
+        masks: for every batch which tokens count, ``bool[sequences, tokens]``; None:
+            all do.
+        about: a description, as plain data.
+    """
+
+    batches: list[tuple[jax.Array, ...]]
+    masks: list[jax.Array] | None = None
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def described(sequences: Sequence[Any]) -> dict[str, Any]:
+    """Return how many sequences and tokens there are, and a hash of them."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(np.asarray(sequence, "<i4").tobytes())
+    return {
+        "sequences": len(sequences),
+        "tokens": sum(map(len, sequences)),
+        "sha256": digest.hexdigest(),
+        "mode": "sequential",
+    }
+
+
 def timings(evidence: Mapping[str, Any]) -> dict[str, str]:
     """Return the file that says how many seconds each weight took, if any did.
 
@@ -295,26 +334,17 @@ def timings(evidence: Mapping[str, Any]) -> dict[str, str]:
     return {TIMINGS: json.dumps(seconds, indent=1) + "\n"} if seconds else {}
 
 
+def rows_at_once(length: int) -> int:
+    """Return how many sequences of a length run at once."""
+    budget = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ELSEWHERE)
+    return max(1, budget // length)
+
+
 def _batches(tokens: np.ndarray) -> list[jax.Array]:
     """Cut sequences into batches."""
-    budget = BATCH_TOKENS.get(jax.default_backend(), BATCH_TOKENS_ELSEWHERE)
-    rows = max(1, budget // tokens.shape[1])
+    rows = rows_at_once(tokens.shape[1])
     starts = range(0, len(tokens), rows)
     return [jnp.asarray(tokens[i : i + rows]) for i in starts]
-
-
-def _texts(calibration: str | Sequence[str]) -> Sequence[str]:
-    """Return the texts, or raise where something else was given."""
-    texts = [calibration] if isinstance(calibration, str) else calibration
-    is_sequence = isinstance(texts, Sequence) and not isinstance(texts, bytes)
-    wrong = [t for t in texts if not isinstance(t, str)] if is_sequence else [texts]
-    if wrong:
-        raise TypeError(
-            f"calibration holds {type(wrong[0]).__name__}: give a text, a list of "
-            f"texts, or an array of integers [sequences, tokens] (of a file, give "
-            f"what it holds: Path(...).read_text())"
-        )
-    return texts
 
 
 def _checked_tokens(tokens: np.ndarray, vocab: int, context: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from jaxq.model import Calibration, Model, timings
 from jaxq.pipeline import Calibration as Data
 from jaxq.pipeline import Evidence, Progress, run_plan
 from jaxq.plan import plan
-from jaxq.presets import as_recipe
 from jaxq.recipe import Recipe
 from jaxq.spec import QuantSpec
 
@@ -87,13 +86,14 @@ def quantize_to(  # noqa: PLR0913  one verb, and what it may be told
         >>> jaxq.quantize_to(lm, "small", "w4a16").path.name  # doctest: +SKIP
         'small'
     """
-    recipe = as_recipe(cfg, group_size)
-    batches, about = lm.calibration_batches(recipe, calibration)
+    recipe = lm.recipe_for(cfg, group_size)
+    given = lm.calibration_data(recipe, calibration)
+    batches, about = given.batches, given.about
     todo = plan(lm.forward, lm.params, recipe, *batches[0])
     fingerprint = {
         "recipe": recipe.to_dict(),
         "model": {} if lm.folder is None else file_identity(lm.folder),
-        "calibration": about,
+        "calibration": dict(about),
         "batch": [list(map(int, batch[0].shape)) for batch in batches],
         "jaxq": _version("jaxq"),
         "jax": jax.__version__,
@@ -107,7 +107,7 @@ def quantize_to(  # noqa: PLR0913  one verb, and what it may be told
         needed=todo.bytes_after,
     ) as writer:
         journal = StreamJournal(writer, frozenset(row.path for row in todo.quantized))
-        data = Data(lm.forward, batches)
+        data = Data(lm.forward, batches, given.masks)
         resumed = journal.finished
         evidence = run_plan(todo, lm.params, data, journal, progress)
         journal.close()

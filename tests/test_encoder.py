@@ -1,5 +1,6 @@
 """`Encoder`: vectors of texts, and quantizing what makes them."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jaxq
 from jaxq.checkpoints import CheckpointError
 from jaxq.encoder import Encoder, Pooling, read_pooling
 from jaxq.lm import load_lm, load_model
+from jaxq.texts import cut_texts, within
 from tests.models.seeded import settings_of, write_seeded
 from tests.tiny_lm import byte_tokenizer
 
@@ -113,3 +115,95 @@ def test_heads_and_texts_are_told_apart(model, tmp_path):
     masked = load_model(write_bert(tmp_path / "masked", "masked_bert"), jnp.float32)
     with pytest.raises(ValueError, match="'BertModel'"):
         masked.encode("import os")
+
+
+# ----------------------------------------------------------------------- calibration
+
+
+def shorter_and_longer(*lengths, count=40):
+    """Texts of some lengths, in no order."""
+    rng = np.random.default_rng(0)
+    lengths = rng.choice(lengths, count)
+    return ["".join(map(chr, rng.integers(97, 123, n))) for n in lengths]
+
+
+def test_calibration_sees_every_text_as_encode_does_and_no_padding(model):
+    texts = shorter_and_longer(3, 14, 20, 29, 60)
+    data = model.batched(texts)
+    seen = []
+    for (tokens, attended), mask in zip(data.batches, data.masks, strict=True):
+        assert tokens.shape == attended.shape == mask.shape
+        assert tokens.shape[1] in (16, 32)  # the pooling cuts at 32
+        rows = np.asarray(mask).any(1)
+        # the model attends to what counts; where nothing does, to something
+        np.testing.assert_array_equal(attended[rows], mask[rows])
+        assert np.asarray(attended).any(1).all()
+        seen += [
+            tuple(np.asarray(t)[np.asarray(m)].tolist())
+            for t, m in zip(tokens[rows], mask[rows], strict=True)
+        ]
+    want = [tuple(model.tokens_of(text)[:32].tolist()) for text in texts]
+    assert sorted(seen) == sorted(want)
+    assert data.about["sequences"] == len(texts)
+    assert data.about["tokens"] == sum(map(len, want))
+    # most of these are longer than 16
+    assert data.batches[0][0].shape[1] == 32
+
+
+def test_calibration_on_padded_texts_is_that_on_single_ones(model):
+    """The oracle: one batch per text, as long as it is, without any mask."""
+    texts = shorter_and_longer(3, 20)
+    small = model.quantize("w4a16-gptq", texts, 16)
+    single = [jnp.asarray(model.tokens_of(text)[:32])[None] for text in texts]
+    recipe = model.recipe_for("w4a16-gptq", 16)
+    want = jaxq.quantize_with_evidence(
+        model.params, recipe, model.forward, [model.inputs(ids) for ids in single]
+    )
+    tokens = sum(ids.size for ids in single)
+    assert {row["tokens"] for row in small.evidence.values()} == {0, tokens}
+    vectors = small.encode(texts)
+    theirs = dataclasses.replace(model, params=want.params).encode(texts)
+    rounded = model.quantize("w4a16", group_size=16).encode(texts)
+    off = np.abs(vectors - theirs).max()
+    assert off < 0.1 * np.abs(rounded - theirs).max()
+
+
+def test_streaming_masks_padding_too(model, tmp_path):
+    texts = shorter_and_longer(3, 20)
+    here = model.quantize("w4a16-gptq", texts, 16)
+    jaxq.quantize_to(model, tmp_path / "out", "w4a16-gptq", texts, 16)
+    there = load_model(tmp_path / "out")
+    np.testing.assert_array_equal(there.encode(texts), here.encode(texts))
+    assert there.recipe == here.recipe
+
+
+def test_one_text_is_cut_into_texts(model):
+    text = "One, that\ngoes on.\n \nTwo.\n\n\nThree.\n"
+    assert cut_texts(text) == ["One, that goes on.", "Two.", "Three."]
+    assert cut_texts("One.\n Two. \n") == ["One.", "Two."]
+    assert model.batched(text).about == model.batched(cut_texts(text)).about
+    with pytest.raises(ValueError, match="holds no text"):
+        model.quantize("w4a16-gptq", " \n\n")
+
+
+def test_no_more_texts_are_taken_than_the_budget_allows():
+    sequences = [[1] * 4, [2] * 5, [3]]
+    assert within(sequences, 9) == sequences[:2]
+    assert within(sequences, 8) == sequences[:1]
+    assert within(sequences, 1) == sequences[:1]  # one there must be
+
+
+def test_arrays_are_taken_as_they_are(model):
+    tokens = np.arange(5 * 8).reshape(5, 8)
+    data = model.batched(tokens)
+    assert data.masks is None
+    np.testing.assert_array_equal(np.concatenate([b[0] for b in data.batches]), tokens)
+
+
+def test_the_plan_says_what_a_preset_means_here(model):
+    rows = {row.path: row for row in model.plan("w4a16")}
+    assert model.plan("w4a16").recipe.name == "w4a16-encoder"
+    kernel = "params/encoder/layer_0/attention/self/{}/kernel".format
+    assert rows[kernel("value")].spec.format == "int8"
+    assert rows[kernel("query")].spec.format == "uint4"
+    assert model.quantize("w4a16").recipe == model.plan("w4a16").recipe

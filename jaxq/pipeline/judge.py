@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxq.lift.program import Key
 from jaxq.pipeline.store import Store, as_multiplied
-from jaxq.pipeline.stream import Stream
+from jaxq.pipeline.stream import Batch, Stream
 from jaxq.qtensor import QTensor
 
 # a few batches are enough to rank candidates
@@ -55,7 +55,20 @@ class Judge:
         stream = self.stream.take(BATCHES)
         for _ in range(self.segments):
             stream = stream.advance(weight)
-        return [list(batch.values.values()) for batch in stream.batches]
+        return [_counted(batch) for batch in stream.batches]
+
+
+def _counted(batch: Batch) -> list[jax.Array]:
+    """Return a batch's values, those of tokens that do not count as zeros."""
+    mask = batch.mask
+    if mask is None:
+        return list(batch.values.values())
+    return [
+        jnp.where(mask.reshape(*mask.shape, *(1,) * (v.ndim - mask.ndim)), v, 0)
+        if v.shape[: mask.ndim] == mask.shape
+        else v
+        for v in batch.values.values()
+    ]
 
 
 @jax.jit
