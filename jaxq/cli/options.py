@@ -27,11 +27,27 @@ GroupSize = Annotated[
     int | None,
     typer.Option(min=1, help="Weights that share a scale; default: the recipe's own."),
 ]
+
+
+def known_cache(name: str) -> str:
+    """Return the name of a cache, if it is one.
+
+    Raises:
+        typer.BadParameter: with the names that there are.
+    """
+    try:
+        lookup(CACHES, name, "cache")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--cache") from error
+    return name
+
+
 CacheName = Annotated[
     str,
     typer.Option(
         "--cache",
         metavar="NAME",
+        callback=known_cache,
         help=f"What keys and values are kept as: {', '.join(CACHES)}.",
     ),
 ]

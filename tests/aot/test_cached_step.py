@@ -1,0 +1,66 @@
+"""One token into a cache of codes and out of it, compiled for chips elsewhere."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxq.kvcache import cache_bytes, empty_cache
+from jaxq.kvcache.attention import Problem, attend
+from pallas_kernels.target import Target
+
+pytestmark = pytest.mark.aot
+BATCH, SLOTS = 4, 2048
+
+
+def step(tree, q, k, v, positions, *leaves):
+    """Append a token to every row, and attend."""
+    cache, at = jax.tree.unflatten(tree, leaves).append(positions)
+    layer = cache.layers[0].write(k, v, at)
+    out, layer = attend(Problem(q, layer, positions, cache.positions))
+    return out, layer
+
+
+def shapes(target, kind, width, heads, cached):
+    """The step, what it takes, and the bytes of the cache."""
+    config = types.SimpleNamespace(num_layers=1, num_kv_heads=cached, head_dim=width)
+    cache = jax.eval_shape(
+        lambda: empty_cache(config, BATCH, SLOTS, jnp.bfloat16, kind, target)
+    )
+    leaves, tree = jax.tree.flatten(cache)
+    new = jax.ShapeDtypeStruct((BATCH, 1, cached, width), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((BATCH, 1, heads, width), jnp.bfloat16)
+    place = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
+    arguments = (q, new, new, place, *leaves)
+    return functools.partial(step, tree), arguments, cache_bytes(cache)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("width", "heads", "cached"), [(128, 32, 8), (64, 4, 2), (80, 8, 8)]
+)
+def test_a_tpu_copies_no_cache(width, heads, cached, kind):
+    pytest.importorskip("libtpu", reason="needs the `aot` extra")
+    from benchmarks import tpu_compile
+
+    fn, arguments, held = shapes(Target("tpu", "v5e"), kind, width, heads, cached)
+    compiled = tpu_compile.compile_for(fn, arguments, "v5e")
+    assert "tpu_custom_call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < held / 10
+
+
+@pytest.mark.parametrize("gpu", ["h200", "l4"])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_gpu_copies_no_cache(gpu, kind):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
+    from benchmarks import gpu_compile
+
+    target = Target("gpu", gpu_compile.GPUS[gpu].generation)
+    fn, arguments, held = shapes(target, kind, 128, 32, 8)
+    compiled = gpu_compile.compiled(fn, arguments, gpu)
+    assert "triton" in compiled.as_text()
+    # partial results of the context's parts, float32
+    parts = 8 * BATCH * 8 * 16 * (128 + 1) * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < held / 10 + 2 * parts
