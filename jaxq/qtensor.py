@@ -177,7 +177,7 @@ class QTensor:
             codes = table.layout(self.layout).unpack(codes, self.coding)
         codes = layouts.unpack(codes, bits, self.axis % self.ndim, self.pack)
         if self.padding:
-            length = codes.shape[self.axis] - self.padding
+            length = self.stored_shape[self.axis]
             codes = jax.lax.slice_in_dim(codes, 0, length, axis=self.axis % self.ndim)
         return self.spec.number_format.decode(codes)
 

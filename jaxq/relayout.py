@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jaxq.qtensor import QTensor, is_qtensor
+from jaxq.quantize import padded_length
 from pallas_kernels import table
 from pallas_kernels.target import Target
 
@@ -37,12 +38,26 @@ def relayout(q: QTensor, layout: str) -> QTensor:
     if layout == q.layout:
         return q
     if q.layout != PLANAR:
-        codes = table.layout(q.layout).unpack(q.codes, q.coding)
-        return relayout(dataclasses.replace(q, codes=codes, layout=PLANAR), layout)
+        return relayout(_planar(q), layout)
     if (reason := relayout_declines(q, layout)) is not None:
         raise ValueError(f"{q!r} has no layout {layout!r}: {reason}")
     codes = table.layout(layout).prepack(q.codes, q.coding)
-    return dataclasses.replace(q, codes=codes, layout=layout)
+    length = q.stored_shape[-2]
+    q = dataclasses.replace(q, codes=codes, layout=layout, padding=0)
+    return dataclasses.replace(q, padding=q.stored_shape[-2] - length)
+
+
+def _planar(q: QTensor) -> QTensor:
+    """Return a relaid tensor in the canonical layout, less what filled another up."""
+    codes = table.layout(q.layout).unpack(q.codes, q.coding)
+    length, rows = q.stored_shape[-2], _planar_rows(q)
+    codes = codes[..., : rows * q.spec.bits // 8, :]
+    return dataclasses.replace(q, codes=codes, layout=PLANAR, padding=rows - length)
+
+
+def _planar_rows(q: QTensor) -> int:
+    """Return the rows of the codes in the canonical layout, padding included."""
+    return padded_length(q.stored_shape[-2], q.blocks[-2], q.spec.bits)
 
 
 def relayout_declines(q: QTensor, layout: str) -> str | None:
@@ -54,6 +69,8 @@ def relayout_declines(q: QTensor, layout: str) -> str | None:
     if q.spec.binary != (layout == LOOKUP):
         return "it is binary-coded" if q.spec.binary else "it is not binary-coded"
     rows, columns = q.codes.shape[-2] * 8 // q.spec.bits, q.codes.shape[-1]
+    if rows != (canonical := _planar_rows(q)):
+        return f"its rows are padded to {rows}, not to {canonical}"
     return table.layout(layout).declines(q.coding, rows, columns)
 
 

@@ -43,7 +43,9 @@ def _row(kernel: pallas.Kernel, target: Target) -> Kernel:
         known, split = facts(p), Split.of(sharding, p.x.shape[0])
         if split is None:
             return kernel.refuses(known, here)
-        return split.declines(known) or kernel.refuses(split.local(known), here)
+        return split.declines(known, p.w.padding) or kernel.refuses(
+            split.local(known), here
+        )
 
     def alone(known: pallas.Problem, a: pallas.Operands) -> jax.Array:
         return kernel.run(known, a, tuned_tile(kernel, known, target), target.interpret)

@@ -111,9 +111,16 @@ class Split:
             out_dtype="float32" if self.inner else p.out_dtype,
         )
 
-    def declines(self, p: Problem) -> str | None:
-        """Return why a product does not split evenly, or None."""
+    def declines(self, p: Problem, padding: int) -> str | None:
+        """Return why a product does not split evenly, or None.
+
+        Args:
+            p: its facts.
+            padding: rows that only the codes have, at their end.
+        """
         n = self.ways(self.inner)
+        if n > 1 and padding:
+            return f"{padding} rows that only fill up the codes cannot be split"
         if p.inner % n or p.columns % self.ways(self.columns):
             return f"{p.inner}x{p.columns} does not split over {dict(self.mesh.shape)}"
         if p.group < p.inner and (p.inner // n) % p.group:

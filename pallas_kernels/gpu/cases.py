@@ -86,7 +86,7 @@ class Case:
         """Return random arrays."""
         random = np.random.default_rng(seed)
         lead = () if self.layers is None else (self.layers,)
-        shape = (*lead, self.inner // (self.group or self.inner), self.columns)
+        shape = (*lead, -(-self.inner // (self.group or self.inner)), self.columns)
         x = random.standard_normal((self.rows, self.inner)).astype(self.dtype)
         scales = random.uniform(0.005, 0.02, shape).astype(np.float32)
         low, high = self.coding.lowest, self.coding.lowest + 2**self.coding.bits - 1
@@ -108,6 +108,8 @@ class Case:
         codes = random.integers(0, 2**bits, shape).astype(np.uint8)
         if self.coding.kind == "float8_e4m3fn":
             codes = np.where((codes & 0x7F) == 0x7F, np.uint8(1), codes)  # no NaN
+        short = -self.inner % self.coding.pack if bits < 8 else 0
+        codes = np.pad(codes, [(0, 0)] * len(lead) + [(0, short), (0, 0)])
         planar = layouts.pack(jnp.asarray(codes), bits, len(lead), self.coding.pack)
         return prepack(planar, self.coding)
 
@@ -134,7 +136,9 @@ def reference(p: Problem, a: Operands) -> jax.Array:
     zeros = None if a.zeros is None else a.zeros.astype(jnp.int32)
     return matmul(
         a.x,
-        numbers(a.codes, p.coding, "float16" if p.dtype == "float16" else "bfloat16"),
+        numbers(a.codes, p.coding, "float16" if p.dtype == "float16" else "bfloat16")[
+            ..., : p.inner, :
+        ],
         a.scales,
         zeros,
         a.layer,

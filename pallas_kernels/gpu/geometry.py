@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.gpu.layout import WORDS, Block, matrix
-from pallas_kernels.kernel import Coding
+from pallas_kernels.gpu.layout import WORDS, Block, filled, matrix
+from pallas_kernels.kernel import Coding, Problem
 
 COLUMNS = 64  # of a weight, per warpgroup: the rows of its accumulator
 SHARED = 225_000  # bytes of a thread block, for buffers
@@ -92,7 +92,7 @@ class Geometry:
             inner=inner,
             columns=columns,
             group=group,
-            groups=groups,
+            groups=inner // group,
             rows=per_block,
             row_tiles=count,
             warpgroups=warpgroups,
@@ -165,6 +165,13 @@ def cannot_group(inner: int, group: int) -> str | None:
     if group % WORDS or (group // WORDS) & (group // WORDS - 1):
         return f"groups of {group} are not 32 · 2^n rows"
     return None
+
+
+def cannot_cut(p: Problem) -> str | None:
+    """Return why the groups of a problem do not fit these kernels, or None."""
+    if p.group >= p.inner:
+        return None
+    return cannot_group(filled(p.inner, p.coding.bits), p.group)
 
 
 def up(n: int, unit: int) -> int:

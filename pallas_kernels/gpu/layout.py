@@ -8,7 +8,8 @@ plane: field ``i`` of word ``t`` is row ``32 i + t``. ::
     3 bits: a block of 512 rows is 3 slabs    two of 2-bit fields, one of 1-bit fields
 
 So a field is 32 consecutive rows in the order of the activation, whatever the width:
-groups of 32, 64 and 128 rows need no other layout. Loaded as 32-bit registers, a tile
+groups of 32, 64 and 128 rows need no other layout. The last block is filled up with
+zero codes, which meet zeros of the activation. Loaded as 32-bit registers, a tile
 ``[64, 32]`` of words lies exactly as a tensor core wants 32 of its columns.
 
 Relaid codes are uint16 ``[..., slabs, 32 N]``; the same bits as before.
@@ -79,25 +80,28 @@ class Block:
         return tuple(found)
 
 
+def filled(inner: int, bits: int) -> int:
+    """Return K up to whole blocks."""
+    rows = Block(bits).rows
+    return -(-inner // rows) * rows
+
+
 def declines(coding: Coding, inner: int, columns: int) -> str | None:
-    """Return why codes cannot take this layout, or None."""
-    rows = Block(coding.bits).rows
-    if inner % rows:
-        return f"{inner} rows of {coding.bits}-bit codes are no multiple of {rows}"
+    """Return None: all codes can take this layout."""
     return None
 
 
 def prepack(codes: jax.Array, coding: Coding) -> jax.Array:
     """Return planar bytes ``[..., K · bits / 8, N]`` as words ``[..., slabs, 32 N]``.
 
-    Raises:
-        ValueError: when K does not fill blocks.
+    Rows are filled up with zero codes to whole blocks.
     """
     lead, columns = codes.shape[:-2], codes.shape[-1]
     rows = layouts.unpack(codes, coding.bits, codes.ndim - 2, coding.pack)
-    if (reason := declines(coding, rows.shape[-2], columns)) is not None:
-        raise ValueError(f"codes {codes.shape} have no GPU layout: {reason}")
     block, parts, low = Block(coding.bits), [], 0
+    rows = jnp.pad(
+        rows, [(0, 0)] * len(lead) + [(0, -rows.shape[-2] % block.rows), (0, 0)]
+    )
     rows = rows.reshape(*lead, -1, block.rows, columns)
     for width in layouts.plane_widths(coding.bits):
         fields = ((rows >> low) & (2**width - 1)).astype(jnp.uint16)
@@ -129,13 +133,15 @@ def fields_of(words: jax.Array, coding: Coding) -> jax.Array:
 
 
 def unpack(words: jax.Array, coding: Coding) -> jax.Array:
-    """Invert `prepack`."""
+    """Invert `prepack`, but for rows that fill the last block: whole packing blocks."""
     codes = fields_of(words, coding)
+    if coding.bits < 8:
+        codes = codes[..., : codes.shape[-2] // coding.pack * coding.pack, :]
     return layouts.pack(codes, coding.bits, codes.ndim - 2, coding.pack)
 
 
 def matrix(shape: tuple[int, ...], coding: Coding) -> tuple[int, int]:
-    """Return the rows and columns of relaid codes."""
+    """Return the rows and columns of relaid codes, whole blocks of rows."""
     block = Block(coding.bits)
     return shape[-2] // block.slabs * block.rows, shape[-1] // WORDS
 

@@ -48,6 +48,24 @@ def stacked(a: jax.Array, layer: jax.Array | None) -> jax.Array:
     return a if layer is None else a.reshape(-1, *a.shape[2:])
 
 
+def per_group(
+    values: jax.Array, layer: jax.Array | None, inner: int, group: int
+) -> jax.Array:
+    """Merge stacked ``[groups, N]`` (`stacked`), with zeros for groups of mere filling.
+
+    Args:
+        values: scales or zero points; a single group stands for all of K.
+        layer: None where there is no stack.
+        inner: K of the relaid codes.
+        group: rows per scale.
+    """
+    missing = inner // group - values.shape[-2]
+    if values.shape[-2] > 1 and missing > 0:
+        lead = [(0, 0)] * (values.ndim - 2)
+        values = jnp.pad(values, [*lead, (0, missing), (0, 0)])
+    return stacked(values, layer)
+
+
 def wide(values: jax.Array, have: int, columns: int) -> jax.Array:
     """Return ``[groups, N]`` with a shared column repeated, and zeros up to columns."""
     values = jnp.broadcast_to(values, (values.shape[0], have))

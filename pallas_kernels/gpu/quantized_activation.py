@@ -18,15 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.gpu.cases import FP8, INT8, Case, signed, unsigned
-from pallas_kernels.gpu.geometry import Geometry, cannot_group
+from pallas_kernels.gpu.geometry import Geometry, cannot_cut
 from pallas_kernels.gpu.layout import Block, permuted, words_of
-from pallas_kernels.gpu.layout import declines as layout_declines
 from pallas_kernels.gpu.mosaic import (
     PARAMS,
     ROWS,
     Mode,
+    per_group,
     pipeline,
-    stacked,
     swizzled,
     wide,
 )
@@ -84,12 +83,22 @@ def quantized_activation(
     arrays = [
         permuted(x, coding.bits),
         bytes_of(words_of(codes, g.columns), element),
-        wide(stacked(scales, layer).astype(jnp.float32), columns, g.columns),
+        wide(
+            per_group(scales, layer, g.inner, g.group).astype(jnp.float32),
+            columns,
+            g.columns,
+        ),
         units,
     ]
     if zeros is not None:
         less = zeros.astype(jnp.int32) - coding.lowest
-        arrays.append(wide(stacked(less, layer).astype(jnp.uint8), columns, g.columns))
+        arrays.append(
+            wide(
+                per_group(less, layer, g.inner, g.group).astype(jnp.uint8),
+                columns,
+                g.columns,
+            )
+        )
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
     direct = out_dtype != jnp.float32
     size = (g.rows, ROWS) if direct else (ROWS, g.rows)
@@ -273,9 +282,7 @@ def declines(p: Problem) -> str | None:
     least = Block(bits).rows
     if p.group < p.inner and p.group % least:
         return f"groups of {p.group} cut blocks of {least}"
-    return cannot_group(p.inner, p.group) or layout_declines(
-        p.coding, p.inner, p.columns
-    )
+    return cannot_cut(p)
 
 
 TILES = (
@@ -292,6 +299,10 @@ CASES = (
     Case("w8a8 g64, float32", 5, 128, 64, INT8, 64, False, None, "float32", "int8"),
     Case("w4a8 channel", 16, 256, 128, signed(4), activation="int8"),
     Case("w4a8 g128 zeros", 16, 256, 64, unsigned(4), 128, True, activation="int8"),
+    Case("w8a8 g64, odd K", 5, 200, 64, INT8, 64, activation="int8"),
+    Case(
+        "w4a8 zeros, odd K", 5, 200, 64, unsigned(4, 8), None, True, activation="int8"
+    ),
     Case("w2a8 g256", 8, 512, 64, signed(2), 256, activation="int8"),
     Case("fp8 x fp8", 16, 128, 64, FP8, activation="float8_e4m3fn"),
 )

@@ -78,6 +78,7 @@ class Cut:
         group = inner if groups == 1 else group
         if (reason := cannot_group(inner, group)) is not None:
             raise ValueError(reason)
+        groups = inner // group  # with those that only fill up the last block
         block = Block(coding.bits)
         splits = math.gcd(inner // block.rows, tile.splits)
         tile = dataclasses.replace(tile, splits=splits)

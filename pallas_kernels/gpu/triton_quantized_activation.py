@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.gpu import quantized_activation as hopper
 from pallas_kernels.gpu.cases import FP8, INT8, Case, signed, unsigned
 from pallas_kernels.gpu.layout import matrix, permuted, words_of
-from pallas_kernels.gpu.mosaic import stacked, wide
+from pallas_kernels.gpu.mosaic import per_group, wide
 from pallas_kernels.gpu.quantized_activation import BYTES, bytes_of, round_to
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
 from pallas_kernels.gpu.triton_weight_only import GENERATIONS
@@ -70,11 +70,13 @@ def triton_quantized_activation(
     arrays = [
         permuted(cut.whole(round_to(x, units, rounded)), coding.bits),
         bytes_of(words_of(codes, cut.columns), element),
-        wide(stacked(scales, layer), columns, cut.columns),
+        wide(per_group(scales, layer, cut.inner, cut.group), columns, cut.columns),
     ]
     if zeros is not None:
         less = (zeros.astype(jnp.int32) - coding.lowest).astype(jnp.uint8)
-        arrays.append(wide(stacked(less, layer), columns, cut.columns))
+        arrays.append(
+            wide(per_group(less, layer, cut.inner, cut.group), columns, cut.columns)
+        )
     arrays.append(jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1))
     body = functools.partial(_kernel, cut, Bytes(coding, zeros is not None), interpret)
     y = jnp.sum(cut.call(body, arrays, interpret), axis=0)[:columns, :rows].T
@@ -148,6 +150,7 @@ CASES = (
     Case("w8a8", 16, 256, 128, INT8, activation="int8"),
     Case("w8a8 g64, odd, stacked", 9, 128, 72, INT8, 64, layers=2, activation="int8"),
     Case("w4a8 g128 zeros", 16, 256, 64, unsigned(4), 128, True, activation="int8"),
+    Case("w8a8 g64, odd K", 5, 200, 64, INT8, 64, activation="int8"),
     Case("w4a8 channel", 5, 256, 64, signed(4), activation="int8", dtype="float32"),
     Case("fp8 x fp8", 16, 128, 64, FP8, activation="float8_e4m3fn"),
 )

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed, unsigned
 from pallas_kernels.gpu.layout import WORDS, matrix, words_of
-from pallas_kernels.gpu.mosaic import Unpacked, by_arrays, stacked, wide
+from pallas_kernels.gpu.mosaic import Unpacked, by_arrays, per_group, wide
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, split, weight_only_declines
@@ -66,10 +66,12 @@ def triton_weight_only(
     arrays = [
         cut.whole(x),
         words_of(codes, cut.columns),
-        wide(stacked(scales, layer), columns, cut.columns),
+        wide(per_group(scales, layer, cut.inner, cut.group), columns, cut.columns),
     ]
     if zeros is not None:
-        arrays.append(wide(stacked(zeros, layer), columns, cut.columns))
+        arrays.append(
+            wide(per_group(zeros, layer, cut.inner, cut.group), columns, cut.columns)
+        )
     arrays.append(jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1))
     floats = Floats(coding, x.dtype.name, zeros is not None)
     y = cut.call(functools.partial(_kernel, cut, floats, interpret), arrays, interpret)
@@ -158,6 +160,7 @@ CASES = (
         "w4 channel, stacked, float32", 3, 256, 64, signed(4), None, True, 2, "float32"
     ),
     Case("w3 g128, odd", 9, 512, 72, signed(3), 128),
+    Case("w4 g32 zeros, odd K, stacked", 5, 328, 64, signed(4, 8), 32, True, 2),
     Case("w8 channel", 8, 256, 64, INT8),
     Case("nf4 g64", 16, 256, 64, NF4, 64),
     Case("fp8 channel", 8, 128, 64, FP8),

@@ -24,15 +24,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.gpu.cases import FP4, FP8, INT8, NF4, UINT8, Case, signed, unsigned
-from pallas_kernels.gpu.geometry import Geometry, cannot_group
-from pallas_kernels.gpu.layout import declines as layout_declines
+from pallas_kernels.gpu.geometry import Geometry, cannot_cut
 from pallas_kernels.gpu.layout import words_of
 from pallas_kernels.gpu.mosaic import (
     PARAMS,
     ROWS,
     Mode,
+    per_group,
     pipeline,
-    stacked,
     swizzled,
     wide,
 )
@@ -105,10 +104,12 @@ def weight_only(
     arrays = [
         jnp.pad(x, ((0, g.padded_rows - x.shape[0]), (0, g.inner - x.shape[1]))),
         words_of(codes, g.columns),
-        wide(stacked(scales, layer), columns, g.columns),
+        wide(per_group(scales, layer, g.inner, g.group), columns, g.columns),
     ]
     if zeros is not None:
-        arrays.append(wide(stacked(zeros, layer), columns, g.columns))
+        arrays.append(
+            wide(per_group(zeros, layer, g.inner, g.group), columns, g.columns)
+        )
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
     body = functools.partial(
         _kernel, g, Floats(coding, x.dtype.name, zeros is not None), dtype, interpret
@@ -230,9 +231,7 @@ def weight_only_declines(p: Problem) -> str | None:
         return f"the activation is rounded to {p.activation}"
     if p.coding.kind == "table" and p.coding.bits != 4:
         return f"a table of {2**p.coding.bits} numbers; only 16 can be looked up"
-    return cannot_group(p.inner, p.group) or layout_declines(
-        p.coding, p.inner, p.columns
-    )
+    return cannot_cut(p)
 
 
 TILES = (
@@ -263,6 +262,9 @@ CASES = (
     Case("nf4 g64", 16, 256, 128, NF4, 64),
     Case("fp4 g32", 2, 256, 64, FP4, 32),
     Case("fp8 channel", 8, 128, 64, FP8),
+    Case("w4 g32 zeros, odd K, stacked", 5, 328, 64, signed(4, 8), 32, True, 2),
+    Case("w3 channel, odd K", 3, 200, 64, signed(3, 8)),
+    Case("fp8 g64, odd K", 3, 200, 64, FP8, 64),
     Case("w4 g128, odd rows and columns", 37, 256, 200, signed(4), 128, zeros=True),
 )
 

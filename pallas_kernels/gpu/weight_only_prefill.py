@@ -6,6 +6,7 @@ many rows the tensor cores are what is scarce. One product stays in flight while
 next operand is unpacked.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -23,8 +24,8 @@ from pallas_kernels.gpu.mosaic import (
     PARAMS,
     ROWS,
     Mode,
+    per_group,
     pipeline,
-    stacked,
     swizzled,
     wide,
 )
@@ -72,10 +73,12 @@ def weight_only_prefill(
     arrays = [
         jnp.pad(x, ((0, g.padded_rows - rows), (0, g.inner - x.shape[1]))),
         words_of(codes, g.columns),
-        wide(stacked(scales, layer), columns, g.columns),
+        wide(per_group(scales, layer, g.inner, g.group), columns, g.columns),
     ]
     if zeros is not None:
-        arrays.append(wide(stacked(zeros, layer), columns, g.columns))
+        arrays.append(
+            wide(per_group(zeros, layer, g.inner, g.group), columns, g.columns)
+        )
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
     floats = Floats(coding, x.dtype.name, zeros is not None)
     buffer = plgpu.SMEM((g.warpgroups, g.rows, ROWS), x.dtype, transforms=swizzled(16))
@@ -183,6 +186,7 @@ CASES = (
     Case("w8 channel", 65, 128, 64, INT8),
     Case("w3 g128", 65, 512, 64, signed(3), 128),
     Case("nf4 g64", 65, 128, 64, NF4, 64),
+    Case("nf4 g32, odd K", 65, 200, 64, dataclasses.replace(NF4, pack=8), 32),
 )
 
 

@@ -136,6 +136,15 @@ def test_a_stack_that_is_split_has_no_kernel():
     assert "the stack is split over {'stage': 2}" in str(placement(q, jnp.ones(1)))
 
 
+def test_rows_that_only_fill_up_codes_are_not_split(mesh):
+    q = jaxq.relayout(jaxq.quantize(jnp.ones((200, 128)), QuantSpec("int4", 32)), "tpu")
+    cut = jaxq.shard_params(q, NamedSharding(mesh, P("model", None)))
+    x = jnp.ones((8, 200), jnp.float32)
+    (row,) = jaxq.explain(lambda w, x: x @ w, cut, x, target=V5E)
+    reason = dict(row.choice.declined)["tpu.weight_only_decode"]
+    assert reason == "24 rows that only fill up the codes cannot be split"
+
+
 def test_inside_a_shard_map_a_part_is_a_weight_of_its_own(mesh):
     _, cut = params(QuantSpec("int4", 128), mesh)
     x = jax.random.normal(jax.random.key(0), (8, 256), jnp.float32)

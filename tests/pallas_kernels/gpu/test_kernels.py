@@ -25,11 +25,11 @@ HOPPER = (weight_only, weight_only_prefill, quantized_activation)
 TRITON = (triton_weight_only, triton_quantized_activation)
 # Interpreting takes seconds per case: these few always run, the rest when asked for.
 ALWAYS = {
-    (weight_only, "w4 g128 zeros"),
+    (weight_only, "w4 g32 zeros, odd K, stacked"),
     (weight_only_prefill, "w4 g32, float16"),
     (quantized_activation, "w8a8, odd, stacked"),
-    (quantized_activation, "w4a8 g128 zeros"),
-    (triton_weight_only, "w4 g128"),
+    (quantized_activation, "w4a8 zeros, odd K"),
+    (triton_weight_only, "w4 g32 zeros, odd K, stacked"),
     (triton_quantized_activation, "w4a8 g128 zeros"),
 }
 
@@ -193,7 +193,6 @@ def test_embedding_is_columns_of_the_weight(case):
 
 def test_who_declines_what():
     few = Case("", 4, 256, 64, signed(4), 128).problem
-    odd = dataclasses.replace(few, inner=200, group=200)
     cut = dataclasses.replace(few, group=96, inner=384)
     ragged = dataclasses.replace(few, group=96)
     table = dataclasses.replace(few, coding=cases.Coding("table", 8, 1))
@@ -201,7 +200,6 @@ def test_who_declines_what():
     three = dataclasses.replace(rounded, coding=signed(3), inner=512)
     reasons = {
         (weight_only_prefill, few): "4 rows: scaling partial sums",
-        (weight_only, odd): "200 rows of 4-bit codes are no multiple of 128",
         (weight_only, cut): "groups of 96 are not 32 · 2^n rows",
         (weight_only, ragged): "groups of 96 do not divide 256 rows",
         (weight_only, table): "a table of 256 numbers",

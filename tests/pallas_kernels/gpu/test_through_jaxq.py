@@ -49,10 +49,30 @@ def test_relayout_there_and_back_is_the_same_tensor(rng, spec):
     jax.tree.map(np.testing.assert_array_equal, back, q)
 
 
-def test_weight_that_does_not_fill_blocks_stays_planar(rng):
-    q = weight(rng, QuantSpec("int4", 32), (96, 64))
-    moved = jaxq.relayout_params({"w": q}, HOPPER)
-    assert moved["w"].layout == "planar"
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        (QuantSpec("int4", 32), 96),
+        (QuantSpec("uint3", 64, symmetric=False), 200),
+        (QuantSpec("int8", 64), 100),
+        (QuantSpec("nf4", "channel"), 56),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_fill_blocks_are_filled_up(rng, spec, rows):
+    q = weight(rng, spec, (rows, 64))
+    moved = jaxq.relayout(q, "gpu")
+    assert moved.shape == q.shape
+    np.testing.assert_array_equal(moved.dequantize(), q.dequantize())
+    back = jaxq.relayout(moved, "planar")
+    assert jax.tree.structure(back) == jax.tree.structure(q)
+    jax.tree.map(np.testing.assert_array_equal, back, q)
+    x = jnp.asarray(rng.standard_normal((3, rows)), jnp.bfloat16)
+    (found,) = jaxq.explain(product, moved, x, target=AMPERE)
+    assert found.choice.kernel == "gpu.triton_weight_only"
+    y = jaxq.quantized(product, target=AMPERE)(moved, x)
+    expected = np.asarray(x, np.float32) @ np.asarray(q.dequantize())
+    np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=1e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
