@@ -40,7 +40,8 @@ _ADAPTED = (
 
 def _rule_for_encoders(rule: Rule) -> Rule:
     """Return the rule with what encoders ask for."""
-    if rule.weight is None:
+    weight = rule.weight
+    if weight is None:
         return rule
     if rule.ops == ("gather",):
         return _TABLES
@@ -50,7 +51,7 @@ def _rule_for_encoders(rule: Rule) -> Rule:
     rule = dataclasses.replace(rule, options=tuple(options.items()))
     if rule.activation is None:
         return rule
-    weight = _WEIGHT if rule.weight.bits == 8 else rule.weight
+    weight = _WEIGHT if weight.bits == 8 else weight
     return dataclasses.replace(rule, weight=weight, activation=_ACTIVATION)
 
 
