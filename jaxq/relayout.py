@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.quantize import padded_length
@@ -26,7 +27,8 @@ def relayout(q: QTensor, layout: str) -> QTensor:
         layout: ``"planar"``, or a key of `pallas_kernels.table.LAYOUTS`.
 
     Raises:
-        ValueError: when the codes have no such layout; the message says why.
+        ValueError: when the codes have no such layout; the message says why. On a GPU
+            also for fp8 codes of NaN or infinity (not seen inside `jax.jit`).
 
     Example:
         >>> import jax, jaxq
@@ -41,10 +43,30 @@ def relayout(q: QTensor, layout: str) -> QTensor:
         return relayout(_planar(q), layout)
     if (reason := relayout_declines(q, layout)) is not None:
         raise ValueError(f"{q!r} has no layout {layout!r}: {reason}")
+    _refuse_unreadable(q, layout)
     codes = table.layout(layout).prepack(q.codes, q.coding)
     length = q.stored_shape[-2]
     q = dataclasses.replace(q, codes=codes, layout=layout, padding=0)
     return dataclasses.replace(q, padding=q.stored_shape[-2] - length)
+
+
+def _refuse_unreadable(q: QTensor, layout: str) -> None:
+    """Refuse what a GPU's kernels would take for large numbers.
+
+    Raises:
+        ValueError: codes stand for NaN or infinity.
+    """
+    kind = q.coding.kind
+    known = isinstance(q.codes, jax.Array) and not isinstance(q.codes, jax.core.Tracer)
+    if layout != "gpu" or not kind.startswith("float8") or not known:
+        return
+    numbers = jax.lax.bitcast_convert_type(q.codes, jnp.dtype(kind))
+    count = int(jnp.sum(~jnp.isfinite(numbers.astype(jnp.float32))))
+    if count:
+        raise ValueError(
+            f"{q.name or repr(q)} has {count} codes of NaN or infinity, which GPU "
+            f"kernels read as numbers: quantize finite weights, or mend the checkpoint"
+        )
 
 
 def _planar(q: QTensor) -> QTensor:
@@ -105,6 +127,7 @@ def relayout_params(params: Any, target: Target | None = None) -> Any:
         leaf = relayout(leaf, PLANAR)
         if relayout_declines(leaf, name) is not None:
             return leaf
+        _refuse_unreadable(leaf, name)
         move = jax.jit(lambda q: relayout(q, name))
         return dataclasses.replace(move(leaf), name=leaf.name)
 

@@ -9,7 +9,7 @@ Eight bits do not fit bfloat16's mantissa. Their sign goes where it doubles a se
 number, to be subtracted: ``(0x4300 | u mod 128) − (0x4300 | sign · 128)``. A table of
 16 numbers is looked up byte by byte with `prmt`. Floating point codes are moved to the
 places of a float and multiplied by a power of two (exact, but codes of NaN and infinity
-read as numbers beyond the largest).
+read as numbers beyond the largest: `jaxq.relayout` refuses them).
 """
 
 import dataclasses

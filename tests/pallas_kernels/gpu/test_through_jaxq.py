@@ -75,6 +75,19 @@ def test_rows_that_do_not_fill_blocks_are_filled_up(rng, spec, rows):
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=1e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_codes_of_no_number_are_refused(rng, format):
+    q = weight(rng, QuantSpec(format), (64, 64))
+    bad = dataclasses.replace(q, codes=q.codes.at[3, 5].set(0x7F), name="w")
+    for move in (
+        lambda: jaxq.relayout(bad, "gpu"),
+        lambda: jaxq.relayout_params({"w": bad}, AMPERE),
+    ):
+        with pytest.raises(ValueError, match="w has 1 codes of NaN or infinity"):
+            move()
+    assert jaxq.relayout(bad, "tpu").layout == "tpu"  # which reads them as they are
+
+
 @pytest.mark.parametrize(
     ("target", "n", "activation", "kernel"),
     [
