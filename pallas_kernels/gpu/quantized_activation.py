@@ -29,11 +29,11 @@ from pallas_kernels.gpu.mosaic import (
     swizzled,
     wide,
 )
+from pallas_kernels.gpu.rounding import MOST, round_to
 from pallas_kernels.gpu.unpack import Bytes
 from pallas_kernels.gpu.weight_only import ANY, Tile
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
 
-MOST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 BYTES = 64  # of a slab, per column
 
 
@@ -123,15 +123,6 @@ def quantized_activation(
         interpret=interpret,
     )(*arrays, index)
     return (y if direct else y.T)[:rows, :columns]
-
-
-def round_to(x: jax.Array, units: jax.Array, rounded: str) -> jax.Array:
-    """Return ``x / units`` rounded to int8 or fp8, saturating."""
-    units = jnp.where(units == 0, jnp.float32(1), units)[:, None]
-    x = x.astype(jnp.float32) / units
-    if rounded == "int8":
-        x = jnp.round(x)
-    return jnp.clip(x, -MOST[rounded], MOST[rounded]).astype(rounded)
 
 
 def bytes_of(words: jax.Array, element: Any) -> jax.Array:

@@ -19,7 +19,8 @@ from pallas_kernels.gpu import quantized_activation as hopper
 from pallas_kernels.gpu.cases import FP8, INT8, Case, signed, unsigned
 from pallas_kernels.gpu.layout import matrix, permuted, words_of
 from pallas_kernels.gpu.mosaic import per_group, wide
-from pallas_kernels.gpu.quantized_activation import BYTES, bytes_of, round_to
+from pallas_kernels.gpu.quantized_activation import BYTES, bytes_of
+from pallas_kernels.gpu.rounding import round_to
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
 from pallas_kernels.gpu.triton_weight_only import GENERATIONS
 from pallas_kernels.gpu.unpack import Bytes

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed, unsigned
 from pallas_kernels.gpu.layout import WORDS, matrix, words_of
 from pallas_kernels.gpu.mosaic import Unpacked, by_arrays, per_group, wide
+from pallas_kernels.gpu.rounding import rounded_rows, scaled_rows
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, split, weight_only_declines
@@ -160,6 +161,7 @@ CASES = (
         "w4 channel, stacked, float32", 3, 256, 64, signed(4), None, True, 2, "float32"
     ),
     Case("w3 g128, odd", 9, 512, 72, signed(3), 128),
+    Case("w3a8 g128 zeros", 5, 512, 64, unsigned(3), 128, True, activation="int8"),
     Case("w4 g32 zeros, odd K, stacked", 5, 328, 64, signed(4, 8), 32, True, 2),
     Case("w8 channel", 8, 256, 64, INT8),
     Case("nf4 g64", 16, 256, 64, NF4, 64),
@@ -175,8 +177,9 @@ def declines(p: Problem) -> str | None:
 
 def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
     """Run on the operands of a problem."""
-    return triton_weight_only(
-        a.x,
+    x, units = rounded_rows(p, a)
+    y = triton_weight_only(
+        x,
         a.codes,
         a.scales,
         a.zeros,
@@ -185,9 +188,10 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         group=p.group,
         tile=tile,
         parts=3 if p.precise else 2,
-        out_dtype=p.out_dtype,
+        out_dtype=p.out_dtype if units is None else jnp.float32,
         interpret=bool(interpret),
     )
+    return scaled_rows(y, units, p)
 
 
 GENERATIONS = ("sm_80", "sm_86", "sm_89")

@@ -36,6 +36,7 @@ from pallas_kernels.gpu.mosaic import (
     wide,
 )
 from pallas_kernels.gpu.operands import operands
+from pallas_kernels.gpu.rounding import MOST, rounded_rows, scaled_rows
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
 
@@ -227,7 +228,7 @@ def weight_only_declines(p: Problem) -> str | None:
     """Return why no weight-only kernel takes a problem, or None."""
     if p.rows == 0:
         return "there are no rows"
-    if p.activation is not None:
+    if p.activation not in (None, *MOST):
         return f"the activation is rounded to {p.activation}"
     if p.coding.kind == "table" and p.coding.bits != 4:
         return f"a table of {2**p.coding.bits} numbers; only 16 can be looked up"
@@ -262,6 +263,8 @@ CASES = (
     Case("nf4 g64", 16, 256, 128, NF4, 64),
     Case("fp4 g32", 2, 256, 64, FP4, 32),
     Case("fp8 channel", 8, 128, 64, FP8),
+    Case("w4a8 g32", 5, 256, 64, signed(4), 32, activation="int8"),
+    Case("fp8 x int4 g64", 5, 256, 64, signed(4), 64, activation="float8_e4m3fn"),
     Case("w4 g32 zeros, odd K, stacked", 5, 328, 64, signed(4, 8), 32, True, 2),
     Case("w3 channel, odd K", 3, 200, 64, signed(3, 8)),
     Case("fp8 g64, odd K", 3, 200, 64, FP8, 64),
@@ -271,8 +274,9 @@ CASES = (
 
 def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
     """Run on the operands of a problem."""
-    return weight_only(
-        a.x,
+    x, units = rounded_rows(p, a)
+    y = weight_only(
+        x,
         a.codes,
         a.scales,
         a.zeros,
@@ -281,9 +285,10 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         group=p.group,
         tile=tile,
         parts=3 if p.precise else 2,
-        out_dtype=p.out_dtype,
+        out_dtype=p.out_dtype if units is None else jnp.float32,
         interpret=interpret or None,
     )
+    return scaled_rows(y, units, p)
 
 
 KERNEL = Kernel("gpu.weight_only", "gpu", ("sm_90",), "gpu", declines, run, TILES)

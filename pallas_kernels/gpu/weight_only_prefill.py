@@ -30,6 +30,7 @@ from pallas_kernels.gpu.mosaic import (
     wide,
 )
 from pallas_kernels.gpu.operands import operands
+from pallas_kernels.gpu.rounding import rounded_rows, scaled_rows
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, Tile, weight_only_declines
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
@@ -164,7 +165,7 @@ def declines(p: Problem) -> str | None:
     """Return why the kernel does not take a problem, or None."""
     if p.rows <= FEW_ROWS:
         return f"{p.rows} rows: scaling partial sums is exact and as fast"
-    if p.dtype == "float32":
+    if p.dtype == "float32" and p.activation is None:
         return "the activation is float32: weights would be rounded to bfloat16"
     if p.precise:
         return f"weights would be rounded to {p.dtype}"
@@ -192,8 +193,9 @@ CASES = (
 
 def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
     """Run on the operands of a problem."""
-    return weight_only_prefill(
-        a.x,
+    x, units = rounded_rows(p, a)
+    y = weight_only_prefill(
+        x,
         a.codes,
         a.scales,
         a.zeros,
@@ -201,9 +203,10 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         coding=p.coding,
         group=p.group,
         tile=tile,
-        out_dtype=p.out_dtype,
+        out_dtype=p.out_dtype if units is None else jnp.float32,
         interpret=interpret or None,
     )
+    return scaled_rows(y, units, p)
 
 
 KERNEL = Kernel(

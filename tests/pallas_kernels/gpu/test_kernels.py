@@ -26,9 +26,11 @@ TRITON = (triton_weight_only, triton_quantized_activation)
 # Interpreting takes seconds per case: these few always run, the rest when asked for.
 ALWAYS = {
     (weight_only, "w4 g32 zeros, odd K, stacked"),
+    (weight_only, "fp8 x int4 g64"),
     (weight_only_prefill, "w4 g32, float16"),
     (quantized_activation, "w8a8, odd, stacked"),
     (quantized_activation, "w4a8 zeros, odd K"),
+    (triton_weight_only, "w3a8 g128 zeros"),
     (triton_weight_only, "w4 g32 zeros, odd K, stacked"),
     (triton_quantized_activation, "w4a8 g128 zeros"),
 }
@@ -203,7 +205,6 @@ def test_who_declines_what():
         (weight_only, cut): "groups of 96 are not 32 · 2^n rows",
         (weight_only, ragged): "groups of 96 do not divide 256 rows",
         (weight_only, table): "a table of 256 numbers",
-        (weight_only, rounded): "the activation is rounded to int8",
         (quantized_activation, few): "the activation stays float",
         (quantized_activation, three): "3-bit codes do not lie four to a register",
     }
