@@ -29,6 +29,8 @@ from jaxq.spec import QuantSpec
 # name of a target -> ggml's type of requantized layers
 GGUF = {"gguf": 8, "gguf-q4_0": 2}
 FLOAT, JAXQ = "float", "jaxq"
+# Formats whose engines look for Linear layers; GPT-2's are Conv1D.
+LINEAR = ("awq", "compressed-tensors", "fp8")
 TARGETS: dict[str, str] = {
     JAXQ: "jaxq's own folder",
     FLOAT: "safetensors of floats",
@@ -212,23 +214,26 @@ def _write(
             why = "" if to == FLOAT else f"{to} has no quantized embeddings"
             yield Row(leaf.name, DEQUANTIZED, why)
         else:
-            yield _write_layer(leaf, sink, requantize)
+            yield _write_layer(leaf, sink, to, requantize)
 
 
-def _write_layer(leaf: _Leaf, sink: Any, requantize: bool) -> Row:
+def _write_layer(leaf: _Leaf, sink: Any, to: str, requantize: bool) -> Row:
     """Write a quantized layer as it is, rounded anew, or (a head) as floats."""
     q, module = leaf.value, leaf.name.removesuffix(".weight")
-    try:
-        return Row(leaf.name, EXACT, sink.quantized(module, Unpacked.of(q)))
-    except UnsupportedError as error:
-        why = str(error)
+    foreign = to in LINEAR and not leaf.transposed
+    why = f"it is a Conv1D, and {to} is of Linear layers only"
+    if not foreign:
+        try:
+            return Row(leaf.name, EXACT, sink.quantized(module, Unpacked.of(q)))
+        except UnsupportedError as error:
+            why = str(error)
     if not leaf.is_inner:
         _write_float(leaf, sink, np.asarray(_dequantized(_nameless(q))))
         return Row(leaf.name, DEQUANTIZED, why)
     if not requantize:
         return Row(leaf.name, "", why)
     reasons = [why]
-    for choose in _specs(q, sink):
+    for choose in () if foreign else _specs(q, sink):
         try:
             spec = choose()
             again, error = _requantized(q, spec)

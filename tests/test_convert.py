@@ -18,6 +18,7 @@ import jaxq
 from jaxq.checkpoints.errors import ExistsError, UnsupportedError, WriteError
 from jaxq.convert import TARGETS
 from jaxq.names import UnknownNameError
+from tests.models.seeded import settings_of, write_seeded
 from tests.tiny_lm import write_tiny
 
 MODELS = Path(__file__).parent / "data" / "models"
@@ -143,6 +144,18 @@ def test_requantizing_says_what_it_cost(tmp_path):
     assert 0.02 < row.error < 0.2
     assert "nf4 g64" in row.note
     assert "requantized" in str(done)
+
+
+def test_layers_of_another_class_are_refused_where_no_engine_finds_them(tmp_path):
+    """GPT-2's are Conv1D: written as Linear, an engine would draw them at random."""
+    lm = jaxq.load_model(write_seeded(tmp_path / "in", settings_of("gpt2")))
+    spec = jaxq.QuantSpec("int4", 32, scale="bfloat16")
+    small = lm.quantize(jaxq.Recipe("mine", (jaxq.Rule("*h_*kernel", spec),)))
+    with pytest.raises(UnsupportedError, match="it is a Conv1D, and compressed"):
+        jaxq.convert(small, tmp_path / "out", "compressed-tensors")
+    done = jaxq.convert(small, tmp_path / "out", "gptq")
+    assert done.lossless
+    assert jaxq.load_model(tmp_path / "out").codec == "gptq"
 
 
 def test_what_was_dequantized_when_it_was_read_is_told(tmp_path):
