@@ -211,6 +211,19 @@ def test_scales_that_are_not_one_per_bit_are_no_checkpoint(tmp_path):
         jaxq.load(tmp_path / "model")
 
 
+def test_awq_scales_channels_before_signs_are_chosen():
+    # channels of very different size: AWQ finds scales that lose less
+    x = random((200, 64), 1) * jnp.exp(random((1, 64), 2) * 1.5)
+    params, fn = {"w": random((64, 32))}, lambda p, x: x @ p["w"]
+    errors = []
+    for solver in ("bcq", jaxq.chain(jaxq.awq(), jaxq.bcq())):
+        recipe = jaxq.Recipe("r", (jaxq.Rule("*", signs(2), solver=solver),))
+        small = jaxq.quantize_params(params, recipe, fn=fn, calibration=[(x,)])
+        y = jaxq.quantized(fn)(small, x)
+        errors.append(float(jnp.mean((y - fn(params, x)) ** 2)))
+    assert errors[1] < errors[0]
+
+
 def test_presets_count_and_compute():
     params = {"w": random((128, 32))}
     fn = lambda p, x: jnp.tanh(x @ p["w"])
@@ -257,6 +270,11 @@ def test_what_has_no_binary_coding_says_so():
             jaxq.Recipe("r", (jaxq.Rule("*", signs(4), solver="gptq"),)),
             fn=lambda p, x: x @ p["w"],
             calibration=[(random((40, 64), 1),)],
+        )
+    with pytest.raises(ValueError, match=r"clip='mse'.*one per bit"):
+        jaxq.quantize_params(
+            {"kernel": w},
+            jaxq.Recipe("r", (jaxq.Rule("*", signs(4), options={"clip": "mse"}),)),
         )
     with pytest.raises(ValueError, match="a scale for every bit"):
         Unpacked.of(coded((64, 8)))

@@ -142,15 +142,18 @@ def rounded(task: Task) -> QTensor:
 def searched(task: Task) -> QTensor:
     """Return the weight rounded to nearest, in the ranges of least error if it can be.
 
-    What a search among transforms compares: the solver itself would take too long.
+    What a search among transforms compares: the solver itself would take too long. Sums
+    of signs are solved in few rounds: an even grid would say little of them.
     """
-    clips = task.spec.number_format.is_integer and task.group and not task.spec.center
+    spec, solver = task.spec, "bcq" if task.spec.binary else "rtn"
+    clips = spec.number_format.is_integer and task.group and not spec.center
     options = (("clip", "mse"), ("steps", 20)) if clips else ()
+    options = (("rounds", 2),) if spec.binary else options
     return solve_with(
         task.weight,
         None,
-        spec=task.spec,
-        solver="rtn",
+        spec=spec,
+        solver=solver,
         options=options,
         contracting=task.contracting,
         stacked=task.stacked,

@@ -49,8 +49,8 @@ def rtn(
 
     Raises:
         UnknownNameError: on an unknown clipping method, or an option it does not have.
-        ValueError: when a centered spec is to be clipped, or clipping by activations
-            has no Gram matrix.
+        ValueError: when a centered or binary-coded spec is to be clipped, or clipping
+            by activations has no Gram matrix.
     """
     if spec.center:
         if clip != "absmax" or options:
@@ -59,6 +59,11 @@ def rtn(
                 f"the weight less its mean: use clip='absmax', or center=False"
             )
         return quantize(weight, spec, axis, stacked=stacked)
+    if spec.binary and clip != "absmax":
+        raise ValueError(
+            f"clip={clip!r} chooses a range for one scale per block, but binary=True "
+            f"has one per bit: use the solver 'bcq', or clip='absmax'"
+        )
     known: dict[str, Any] = CLIPPING | dict.fromkeys(BY_ACTIVATIONS)
     lookup(known, clip, "clipping method")
     if clip in BY_ACTIVATIONS:
