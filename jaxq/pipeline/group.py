@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 from jaxq.lift.program import Group, Key, Meeting
 from jaxq.pipeline.activation import static_activation
+from jaxq.pipeline.beside import solve_all
 from jaxq.pipeline.evidence import Evidence, scarcity
 from jaxq.pipeline.reparametrize import Change, Judge, changes_for
 from jaxq.pipeline.rows import Layout
-from jaxq.pipeline.solve import Task, losses, rounded, solve_task
+from jaxq.pipeline.solve import Task, losses, rounded
 from jaxq.pipeline.statistics import Seen, check, observe
 from jaxq.pipeline.stream import Stream
 from jaxq.qtensor import QTensor
 from jaxq.solvers import SOLVERS
-from jaxq.solvers.base import Statistics
+from jaxq.solvers.base import Solved, Statistics
 
 UNPAIRED = "the drift of its activation is not known: tokens are sorted by expert"
 
@@ -65,9 +66,10 @@ def solve_group(
         todo = {m.key: tasks[m.key] for m in meetings if m.key not in out}
         spent = (time.perf_counter() - start) / max(len(todo), 1)
         changes = _changes(list(todo.values()), seen, judge)
+        solved, each = _solved(todo, seen, changes)
         for key, task in todo.items():
-            outcome = _solve_one(task, seen, changes[key], stream, places[0])
-            seconds = outcome.evidence.seconds + spent
+            outcome = _outcome(task, seen, changes[key], solved[key], stream, places[0])
+            seconds = outcome.evidence.seconds + spent + each
             unpaired = floats is not None and meetings[0].product.groups > 0
             notes = (outcome.evidence.note, UNPAIRED if unpaired else None)
             evidence = dataclasses.replace(
@@ -106,14 +108,27 @@ def _changes(tasks: Sequence[Task], seen: Seen, judge: Judge) -> dict[Key, Chang
     return out
 
 
-def _solve_one(
-    task: Task, seen: Seen, change: Change, stream: Stream, place: int
+def _solved(
+    tasks: Mapping[Key, Task], seen: Seen, changes: Mapping[Key, Change]
+) -> tuple[dict[Key, Solved], float]:
+    """Solve weights in changed coordinates; return also the seconds that each took."""
+    start = time.perf_counter()
+    known = {key: task.fitted(seen.statistics()) for key, task in tasks.items()}
+    solved = solve_all(
+        {key: changes[key].task(task) for key, task in tasks.items()},
+        {key: changes[key].statistics(statistics) for key, statistics in known.items()},
+    )
+    jax.block_until_ready([one.info for one in solved.values()])
+    return solved, (time.perf_counter() - start) / max(len(tasks), 1)
+
+
+def _outcome(
+    task: Task, seen: Seen, change: Change, solved: Solved, stream: Stream, place: int
 ) -> Outcome:
-    """Solve a weight in changed coordinates, and bring the result back."""
+    """Bring a solved weight back to its own coordinates, with the evidence."""
     start = time.perf_counter()
     statistics = task.fitted(seen.statistics())
     changed = change.task(task)
-    solved = solve_task(changed, change.statistics(statistics))
     q, fallback, compensated = solved.weight, None, solved.compensated
     ok = solved.info.get("ok")
     if ok is not None and not bool(jnp.all(ok)):

@@ -453,7 +453,7 @@ def test_data_is_asked_for():
 
 
 def test_streams_run_one_compiled_function() -> None:
-    """A quantized weight runs as numbers, as the float one did: nothing new compiles."""
+    """A quantized weight runs as numbers, as the float one did."""
     w = jax.random.normal(jax.random.key(0), (64, 32))
     q = quantize(w, QuantSpec("uint4", 32, symmetric=False), 0)
     assert jnp.array_equal(as_multiplied(q), q.dequantize())
