@@ -19,7 +19,7 @@ from pallas_kernels.gpu import (
     weight_only_prefill,
 )
 from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed
-from pallas_kernels.gpu.layout import Block
+from pallas_kernels.gpu.layout import Block, filled
 from pallas_kernels.kernel import Coding, Operands
 
 ABOUT = """\
@@ -122,8 +122,9 @@ def _shapes(case: Case) -> dict[str, Any]:
     """Return the shapes of a case's operands."""
     p, block = case.problem, Block(case.coding.bits)
     lead = () if p.layers is None else (p.layers,)
-    words = (*lead, p.inner // block.rows * block.slabs, 32 * p.columns)
-    scales = (*lead, p.inner // p.group, p.columns)
+    blocks = filled(p.inner, p.coding.bits) // block.rows
+    words = (*lead, blocks * block.slabs, 32 * p.columns)
+    scales = (*lead, -(-p.inner // p.group), p.columns)
     whole = jnp.uint8 if p.coding.lowest == 0 else jnp.int8
     of = jax.ShapeDtypeStruct
     return {
@@ -142,7 +143,8 @@ def _weights_per_turn(case: Case, tile: Any, code: Code) -> float:
     if hasattr(tile, "warpgroups"):
         # a warpgroup of 128 threads has 64 or 128 columns
         step = rows
-        while step < tile.inner and case.inner % (2 * step) == 0:
+        inner = filled(case.inner, case.coding.bits)
+        while step < tile.inner and inner % (2 * step) == 0:
             step *= 2
         return step * tile.columns / 128
     return rows * tile.columns / (32 * tile.warps)

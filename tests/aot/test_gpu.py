@@ -14,7 +14,15 @@ pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
 
 from benchmarks import gpu_compile
 from benchmarks.gpu_schedules import DECODE, ROWS, attention_code, estimate
-from pallas_kernels.gpu import embedding, weight_only
+from pallas_kernels.gpu import (
+    embedding,
+    quantized_activation,
+    triton_quantized_activation,
+    triton_weight_only,
+    weight_only,
+    weight_only_prefill,
+)
+from pallas_kernels.gpu.cases import INT8 as EIGHT
 from pallas_kernels.gpu.cases import Case, signed
 from pallas_kernels.kernel import Operands
 
@@ -36,6 +44,27 @@ def test_decode_issues_few_instructions_per_weight(rows):
     e = estimate(weight_only, dataclasses.replace(DECODE, rows=rows), "h200")
     assert e.per_weight <= 2.6
     assert e.of_memory > 1
+
+
+INT8 = {"activation": "int8"}
+FP8 = {"activation": "float8_e4m3fn"}
+
+
+@pytest.mark.parametrize(
+    ("module", "case", "gpu"),
+    [
+        (weight_only, Case("", 16, 4000, 4096, signed(4), 32, True), "h200"),
+        (weight_only, Case("", 16, 4096, 4096, signed(4), 64, **FP8), "h200"),
+        (weight_only_prefill, Case("", 256, 4000, 4096, signed(4), 32), "h200"),
+        (quantized_activation, Case("", 16, 4000, 4096, EIGHT, **INT8), "h200"),
+        (triton_weight_only, Case("", 16, 4000, 4096, signed(4), 32, True), "a100"),
+        (triton_weight_only, Case("", 16, 4096, 4096, signed(4), 32, **INT8), "a100"),
+        (triton_quantized_activation, Case("", 16, 4000, 64, EIGHT, **INT8), "a100"),
+    ],
+)
+def test_rows_that_fill_no_block_and_rounded_activations_compile(module, case, gpu):
+    assert module.declines(case.problem) is None
+    assert estimate(module, case, gpu).code.spills == 0
 
 
 @pytest.mark.parametrize("tile", [row.tile for row in weight_only.TILES], ids=str)
