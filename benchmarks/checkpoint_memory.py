@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -140,7 +141,10 @@ def run(
         model = write_model(folder / "model", source, layers)
         command = [sys.executable, "-m", "benchmarks.checkpoint_memory", "--child"]
         command += map(str, (warm, model, folder / "out", to, requantize))
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        usual = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        done = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, env=usual
+        )
         sizes = [p.stat().st_size for p in model.glob("*.safetensors")]
         written = [p.stat().st_size for p in folder.glob("out/*.safetensors")]
     found = json.loads(done.stdout)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.checkpoint_memory import BOUND, run
+from benchmarks.checkpoint_memory import BOUND, INNER, WIDTH, run
 
 pytestmark = pytest.mark.slow
 
@@ -25,4 +25,5 @@ def test_reading_takes_what_is_returned_and_part_of_a_shard(name):
 def test_converting_takes_part_of_a_shard(source, to, requantize):
     out = run(source, to, requantize)
     assert out["rise"] > 1
-    assert out["rise"] <= BOUND * out["shard"]
+    copies = 4 * WIDTH * INNER * 4 / 2**20 if requantize else 0.0  # in float32
+    assert out["rise"] <= BOUND * out["shard"] + copies

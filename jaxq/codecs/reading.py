@@ -191,7 +191,8 @@ def read_leaves(
         value, note = read_weight(checkpoint, name, slot, usual)
         if dtype is not None:
             value = _retyped(value, dtype)
-        yield Leaf(name, slot, value, note)
+        # Or what the next ones are made of would pile up while this one is packed.
+        yield Leaf(name, slot, jax.block_until_ready(value), note)
 
 
 def read_params(
