@@ -152,7 +152,7 @@ def test_calibration_sees_every_text_as_encode_does_and_no_padding(model):
 
 def test_calibration_on_padded_texts_is_that_on_single_ones(model):
     """The oracle: one batch per text, as long as it is, without any mask."""
-    texts = shorter_and_longer(3, 20)
+    texts = shorter_and_longer(12, count=20)  # 13 tokens of 16; 20 rows of 32
     small = model.quantize("w4a16-gptq", texts, 16)
     single = [jnp.asarray(model.tokens_of(text)[:32])[None] for text in texts]
     recipe = model.recipe_for("w4a16-gptq", 16)
