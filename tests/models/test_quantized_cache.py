@@ -18,32 +18,26 @@ KINDS = [name for name, spec in CACHES.items() if spec is not None]
 PROMPT = "The :mod:`json` module can be used to"
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rounded8(LayerCache):
-    """Floats, each token and head rounded as the cache of codes does."""
+class Rounded(LayerCache):
+    """Floats, each token and head rounded as a cache of codes does."""
 
-    kind = "int8"
+    # part of the structure: to JAX, classes of the same fields may be the same node
+    kind: str = "int8"
 
     def write(self, keys, values, at):
         spec = CACHES[self.kind]
-        return super().write(
-            fake_quant(keys, spec, -1), fake_quant(values, spec, -1), at
-        )
+        keys, values = fake_quant(keys, spec, -1), fake_quant(values, spec, -1)
+        kept = LayerCache(self.keys, self.values).write(keys, values, at)
+        return Rounded(kept.keys, kept.values, self.kind)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Rounded4(Rounded8):
-    """The same with 4 bits."""
-
-    kind = "int4"
+jax.tree_util.register_dataclass(Rounded, ("keys", "values"), ("kind",))
 
 
 def rounded_cache(config, batch, slots, kind):
     cache = empty_cache(config, batch, slots, jnp.float32)
-    kept = {"int8": Rounded8, "int4": Rounded4}[kind]
-    layers = tuple(kept(layer.keys, layer.values) for layer in cache.layers)
+    layers = tuple(Rounded(layer.keys, layer.values, kind) for layer in cache.layers)
     return KVCache(layers, cache.positions, cache.start, cache.end)
 
 
