@@ -146,6 +146,18 @@ def test_requantizing_says_what_it_cost(tmp_path):
     assert "requantized" in str(done)
 
 
+@pytest.mark.parametrize(
+    ("to", "key"),
+    [("compressed-tensors", "ignore"), ("awq", "modules_to_not_convert")],
+)
+def test_a_tied_head_is_among_what_stays_float(tmp_path, to, key):
+    """An engine has a module of that name, and would look for its codes."""
+    assert jaxq.convert(AWQ, tmp_path / "out", to).lossless
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    assert config["quantization_config"][key] == ["lm_head"]
+
+
 def test_layers_of_another_class_are_refused_where_no_engine_finds_them(tmp_path):
     """GPT-2's are Conv1D: written as Linear, an engine would draw them at random."""
     lm = jaxq.load_model(write_seeded(tmp_path / "in", settings_of("gpt2")))

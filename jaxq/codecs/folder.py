@@ -27,6 +27,7 @@ SIDE_FILES = (
 )
 METADATA = {"format": "pt"}  # transformers asks for it
 SPOOL = "data.partial"
+HEAD = "lm_head"
 
 
 class Shards:
@@ -172,6 +173,7 @@ class SafetensorsSink:
 
     def __init__(self, folder: Path, writer: Writer | None, limit: int) -> None:
         self.folder, self.writer = folder, writer
+        self.head_is_float = True
         self.shards = Shards(folder, limit)
 
     def quantized(self, module: str, w: Unpacked) -> str:
@@ -183,6 +185,7 @@ class SafetensorsSink:
         if self.writer is None:
             raise UnsupportedError("a float model has no codes")
         tensors, note = self.writer.write(module, w)
+        self.head_is_float &= module != HEAD
         self.shards.add(tensors)
         return note
 
@@ -204,6 +207,10 @@ class SafetensorsSink:
 
     def close(self, config: Mapping[str, Any]) -> None:
         """Write what is left, the index and the config."""
+        if self.writer is not None and self.head_is_float:
+            # Also where it is tied, or has another name in the file than in an engine,
+            # which would look for its codes.
+            self.writer.floats = sorted({*self.writer.floats, HEAD})
         self.shards.close(self.writer)
         about = {} if self.writer is None else {
             "quantization_config": self.writer.config()

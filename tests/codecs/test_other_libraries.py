@@ -109,6 +109,17 @@ def test_transformers_computes_the_same_from_what_we_write(
     np.testing.assert_allclose(theirs, ours, atol=tolerance * float(ours.std()))
 
 
+def test_transformers_ties_a_head_to_a_table_that_stayed_float(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "dtype": "bfloat16"}
+    folder = write_tiny(tmp_path / "in", tie_word_embeddings=True, **sizes)
+    rules = (Rule("*embed*"), Rule("*layers*kernel", QuantSpec("int4", 32, **GROUP)))
+    lm = jaxq.load_model(folder).quantize(Recipe("mine", (*rules, Rule("*"))))
+    jaxq.convert(lm, tmp_path / "out", "compressed-tensors")
+    _, theirs = _theirs(tmp_path / "out", "float32")
+    ours = _ours(lm)
+    np.testing.assert_allclose(theirs, ours, atol=1e-3 * float(ours.std()))
+
+
 GEMMA = {
     "hidden_activation": "gelu_pytorch_tanh",
     "head_dim": 256,
