@@ -119,6 +119,10 @@ def test_the_kernel_that_looks_up_runs_on_a_gpu():
     np.testing.assert_allclose(got, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
     told = dict(jaxq.explain(fn, q, x, target=GPU).rows[0].choice.declined)
     assert "in layout 'planar'" in told["gpu.lookup_product"]
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    cut = jax.device_put(x, jax.NamedSharding(mesh, jax.P("x")))
+    told = dict(jaxq.explain(fn, moved, cut, target=GPU).rows[0].choice.declined)
+    assert "use jax.shard_map" in told["gpu.lookup_product"]
     many = jaxq.explain(fn, moved, random((9, 128)), target=GPU).rows[0].choice
     assert many.kernel == "xla.binary_tiled_dot"
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from jaxq.kvcache.quantized import QuantizedLayer
 from jaxq.ops import Choice
+from jaxq.ops.parallel import divided_mesh
 from pallas_kernels.target import Target
 from pallas_kernels.xla.cached_attention import cached_attention
 
@@ -102,15 +102,9 @@ def _unusual(p: Problem) -> str | None:
         return f"the scores are capped at {p.cap}"
     if p.window is not None and p.window < p.layer.slots:
         return f"a token sees {p.window} tokens back, of {p.layer.slots} slots"
-    return _spread()
-
-
-def _spread() -> str | None:
-    """Return over how many devices the compiler splits arrays, or None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    if any(size > 1 and kind != AxisType.Manual for size, kind in kinds):
-        return "it runs on one device, and a mesh is in context: use jax.shard_map"
+    mesh = divided_mesh(p.q, p.layer.keys)
+    if mesh is not None:
+        return f"it runs on one device, not on {dict(mesh.shape)}: use jax.shard_map"
     return None
 
 

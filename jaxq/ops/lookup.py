@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxq.layer import Layer
 from jaxq.ops.activation import quantized_input
+from jaxq.ops.parallel import divided_mesh
 from jaxq.ops.problem import Kernel, Problem
 from jaxq.relayout import LOOKUP, relayout
 from pallas_kernels.target import Target
@@ -105,8 +106,8 @@ def lookups(target: Target) -> tuple[Kernel, ...]:
             return f"not for {target.generation or 'this kind of gpu'}"
         if p.w.layout != LOOKUP:
             return f"the codes are in layout {p.w.layout!r}, not {LOOKUP!r}"
-        if p.w.sharding is not None:
-            return "the weight is split over a mesh"
+        if p.w.sharding is not None or divided_mesh(p.w.codes, p.x) is not None:
+            return "it runs on one device, not on a mesh: use jax.shard_map"
         return _many_rows(p)
 
     def run(p: Problem) -> jax.Array:

@@ -42,17 +42,28 @@ def placement(w: QTensor, x: jax.Array) -> NamedSharding | str | None:
     """
     if w.sharding is not None:
         return w.sharding
-    types = [jax.typeof(a).sharding for a in (w.codes, x)]
-    meshes = [s.mesh for s in types] + [jax.sharding.get_abstract_mesh()]
-    mesh = next((m for m in meshes if _divided(m)), None)
+    mesh = divided_mesh(w.codes, x)
     if mesh is None:
         return None
     if set(mesh.axis_types) != {AxisType.Explicit}:
         return UNKNOWN.format(dict(mesh.shape))
-    spec = types[0].spec if _divided(types[0].mesh) else (None,) * w.ndim
+    codes = jax.typeof(w.codes).sharding
+    spec = codes.spec if _divided(codes.mesh) else (None,) * w.ndim
     if any(entry is not None for entry in spec[:-2]):
         return f"the stack is split over {dict(mesh.shape)}: {spec}"
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def divided_mesh(*arrays: jax.Array) -> AbstractMesh | None:
+    """Return the mesh over which a compiler would have to split a kernel, or None.
+
+    Args:
+        *arrays: what the kernel is given. The types of some name a mesh, that of others
+            none, and the context may know one that no type names.
+    """
+    meshes = [jax.typeof(a).sharding.mesh for a in arrays]
+    meshes.append(jax.sharding.get_abstract_mesh())
+    return next((mesh for mesh in meshes if _divided(mesh)), None)
 
 
 def _divided(mesh: Any) -> bool:

@@ -64,3 +64,19 @@ def test_a_gpu_copies_no_cache(gpu, kind):
     # partial results of the context's parts, float32
     parts = 8 * BATCH * 8 * 16 * (128 + 1) * 4
     assert compiled.memory_analysis().temp_size_in_bytes < held / 10 + 2 * parts
+
+
+def test_queries_that_lie_on_a_mesh_compile():
+    """XLA splits its own attention; a kernel it cannot cut, so that it is declined."""
+    pytest.importorskip("libtpu", reason="needs the `aot` extra")
+    from benchmarks import tpu_compile
+
+    mesh = tpu_compile.mesh("v5e:2x4", (2, 4), ("data", "model"))
+    fn, arguments, _ = shapes(Target("tpu", "v5e"), "int8", 128, 32, 8)
+    heads = jax.NamedSharding(mesh, jax.P("data", None, "model"))
+    new = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=heads) for a in arguments[:3]
+    ]
+    traced = jax.jit(fn).trace(*new, *arguments[3:])
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert "tpu_custom_call" not in compiled.as_text()

@@ -192,7 +192,11 @@ def test_under_a_mesh_the_compiler_splits_what_xla_runs():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         reason = choose(p, CHIPS["tpu"])[1].declined[0][1]
-    assert "use jax.shard_map" in reason
+    assert "not on {'x': 2}: use jax.shard_map" in reason
+    placed = jax.device_put(p.q, jax.NamedSharding(mesh, jax.P("x")))
+    known = dataclasses.replace(p, q=placed)  # by its type alone, as behind a weight
+    assert choose(known, CHIPS["tpu"])[1].declined[0][1] == reason
+    assert choose(p, CHIPS["tpu"])[0].name == "tpu.decode_attention"
 
 
 def test_the_last_kernel_runs_everywhere():
