@@ -168,6 +168,9 @@ def _numbers(file: GGUFFile, name: str, kind: Architecture) -> dict[str, Any]:
         value = file.values.get(f"{name}.{theirs}")
         if value is None and (key in OPTIONAL or key in kind.extra):
             continue
+        if value == 0 and key in kind.extra:
+            config[key] = None  # llama.cpp's word for a window or a cap that is not
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or (type_ is int and type(value) is not int) or value <= 0:
             raise CheckpointError(

@@ -177,6 +177,20 @@ def test_a_file_says_all_of_a_model(tmp_path, model_type):
         np.testing.assert_allclose(a, b, atol=0 if exact else 2**-23)
 
 
+def test_a_window_of_0_is_none(tmp_path):
+    """So llama.cpp's converter writes Phi-4, which is a phi3 that sees everything."""
+    _, path = _written(tmp_path, "phi3")
+    key, data = (
+        b"phi3.attention.sliding_window" + struct.pack("<I", 4),
+        path.read_bytes(),
+    )
+    assert data.count(key + struct.pack("<I", 16)) == 1
+    path.write_bytes(
+        data.replace(key + struct.pack("<I", 16), key + struct.pack("<I", 0))
+    )
+    assert jaxq.load_model(path).config.windows == ()
+
+
 def test_norms_of_gemma_are_shifted(tmp_path):
     lm, path = _written(tmp_path, "gemma2")
     file = read_file(path)
