@@ -57,6 +57,8 @@ class Evidence:
         for name in ("loss", "rtn_loss"):
             if fields[name] is not None and not math.isfinite(fields[name]):
                 fields[name] = None
+        if self.block_loss and not all(map(math.isfinite, self.block_loss)):
+            fields["block_loss"] = None
         fields["solver"] = fields.pop("method")
         kept = ("tokens", "loss", "rtn_loss", "damping", "order", "seconds", "fallback")
         return {

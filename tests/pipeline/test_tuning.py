@@ -1,5 +1,7 @@
 """Blocks that are judged and tuned as a whole: AWQ's search and AutoRound."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jaxq import autoround, awq, chain, gptq, quantized, rtn
 from jaxq.lift.program import program
 from jaxq.pipeline import quantize_with_evidence
 from jaxq.pipeline.block import block_function
+from jaxq.pipeline.evidence import Evidence
 from jaxq.pipeline.tuning import parted, token_weights
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
@@ -147,6 +150,14 @@ def test_tuning_gains_on_data_it_did_not_see(wide, before, activation):
         assert row.fallback is None
     weights = [tuned.params[f"layer_{i}"][n] for i in (0, 1) for n in ("up", "down")]
     assert {q.activation for q in weights} == {activation}
+
+
+@pytest.mark.parametrize("losses", [(1.0, 0.5), (np.inf, np.nan)])
+def test_a_block_whose_loss_overflows_can_be_told_as_json(losses):
+    """The squares of outputs of 1e20 are not finite, and the outputs are."""
+    row = Evidence("w", "autoround", 8, 1.0, 2.0, None, None, 0.0, block_loss=losses)
+    told = json.loads(json.dumps(row.to_dict(), allow_nan=False))
+    assert told.get("block_loss") == ([1.0, 0.5] if losses[0] == 1 else None)
 
 
 # ------------------------------------------------------------------------ what counts
