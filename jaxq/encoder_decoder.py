@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.model import Model
+from jaxq.texts import next_power
 
 SHORTEST = 16
 
@@ -50,10 +51,12 @@ class EncoderDecoder(Model):
         ids = self.tokens_of(prompt)
         if not len(ids):
             raise ValueError("the prompt has no tokens; give at least one")
-        tokens = np.zeros((1, _power(len(ids))), np.int32)
+        width = max(SHORTEST, next_power(len(ids)))
+        tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(ids)] = ids
         mask = jnp.arange(tokens.shape[1])[None] < len(ids)
-        targets = np.zeros((1, _power(max_new_tokens)), np.int32)
+        width = max(SHORTEST, next_power(max_new_tokens))
+        targets = np.zeros((1, width), np.int32)
         targets[0, 0] = self.config.start
         made: list[int] = []
         # what is not written yet stands behind, where nothing looks
@@ -66,8 +69,3 @@ class EncoderDecoder(Model):
             if len(made) < targets.shape[1]:
                 targets[0, len(made)] = token
         return self.decode(made)
-
-
-def _power(number: int) -> int:
-    """Return the power of two that a length is padded to."""
-    return max(SHORTEST, 1 << (number - 1).bit_length())

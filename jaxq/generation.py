@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.kvcache import FLOAT, PADDING, Cache, empty_cache
+from jaxq.texts import next_power
 
 SMALLEST_PROMPT = 16
 SMALLEST_CACHE = 256  # so that short texts of any length share one compiled step
@@ -231,7 +232,7 @@ def _knobs(sampling: Sampling) -> dict[str, jax.Array]:
 
 def _bucket(length: int, smallest: int) -> int:
     """Return the power of two that `length` is padded to, from `smallest` on."""
-    return max(smallest, 1 << (length - 1).bit_length())
+    return max(smallest, next_power(length))
 
 
 def float_dtype(params: Any) -> Any:
