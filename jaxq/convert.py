@@ -302,7 +302,8 @@ def _refusal(rows: list[Row], to: str) -> UnsupportedError:
     more = f"\n  and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
     return UnsupportedError(
         f"{len(rows)} weight(s) cannot be written as {to} without loss:{shown}{more}\n"
-        f"ask for requantize=True (--requantize) to round them anew"
+        f"ask for requantize=True (--requantize) to round them anew, and to write as "
+        f"floats what {to} does not take then either"
     )
 
 
