@@ -1,6 +1,5 @@
 """Peak memory of reading and converting checkpoints of other libraries."""
 
-import ctypes
 import gc
 import json
 import os
@@ -23,6 +22,7 @@ from jaxq.codecs.folder import SafetensorsSink
 from jaxq.codecs.table import CODECS
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.models import find_family
+from jaxq.pipeline.heap import give_back
 from jaxq.spec import QuantSpec
 
 ABOUT = """\
@@ -118,7 +118,7 @@ def child(warm: str, model: str, out: str, to: str, requantize: str) -> None:
 
     work(warm, f"{out}-warm")
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed is not there to be reused
+    give_back()  # what was freed is not there to be reused
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start = resident(), time.perf_counter()
     done = work(model, out)
