@@ -192,6 +192,12 @@ def _refuse_unsaid(kind: Architecture, config: Mapping[str, Any]) -> None:
     """Raise where llama.cpp would take something else for what no file says."""
     if kind.widest is None:
         return
+    off = [key for key in kind.extra if key in config and config[key] is None]
+    if off:
+        raise UnsupportedError(
+            f"GGUF cannot say that {off[0]} is null: where a file has no number "
+            "llama.cpp takes Gemma's own"
+        )
     wanted = query_scalar(kind, config)
     if config.get("query_pre_attn_scalar", wanted) != wanted:
         raise UnsupportedError(
