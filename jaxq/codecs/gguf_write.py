@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxq.checkpoints.errors import UnsupportedError
-from jaxq.codecs.folder import write_config
+from jaxq.codecs.folder import SPOOL, write_config
 from jaxq.codecs.gguf_architectures import (
     ARCHITECTURES,
     OPTIONAL,
@@ -55,7 +55,7 @@ class GGUFSink:
         heads = int(config["num_attention_heads"])
         self.heads = heads, int(config.get("num_key_value_heads") or heads)
         self.tensors: dict[str, tuple[int, tuple[int, ...], int]] = {}
-        self.spool = (folder / "data.partial").open("wb+")
+        self.spool = (folder / SPOOL).open("wb+")
 
     def quantized(self, module: str, w: Unpacked) -> str:
         """Write a quantized layer; return a note.
@@ -101,7 +101,7 @@ class GGUFSink:
             file.write(header(values, self.tensors))
             shutil.copyfileobj(self.spool, file, 2**24)
         self.spool.close()
-        (self.folder / "data.partial").unlink()
+        (self.folder / SPOOL).unlink()
         write_config(self.folder, config)
 
     def release(self) -> None:
