@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from jaxq.evaluate import evaluate_text
 from jaxq.lm import load_model
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
-from tests.tiny_lm import TEXT
+from tests.tiny_lm import TEXT, write_tiny
 
 COMMANDS = [
     "demo",
@@ -227,34 +226,26 @@ def test_convert_says_what_became_of_every_weight(jaxq, small, tmp_path):
     assert all(row["error"] < 0.1 for row in facts["rows"])
 
 
-def test_quantize_says_which_weights_fell_back_and_exits_with_3(
-    jaxq, tiny, text, tmp_path
-):
-    """The last feed-forward's activations are finite, and their squares are not."""
-    broken = shutil.copytree(tiny, tmp_path / "broken")
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.1.post_attention_layernorm.weight"][:] = 1e19
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-19
-    save_file(tensors, broken / "model.safetensors")
-    arguments = ["--recipe", "w4a16-gptq", "--calibration", text, "--group-size", 32]
-    ran = jaxq("quantize", broken, "-o", tmp_path / "out", *arguments)
-    assert ran.exit_code == 3, ran.output
-    assert "fell back: 3 weights (exit code 3)" in ran.stderr
-    assert (
-        "layers_1/mlp/gate_proj, layers_1/mlp/up_proj, layers_1/mlp/down_proj: rounded "
-        "to nearest: its Gram matrix is not finite"
-    ) in ran.stderr
-    assert len(load_model(tmp_path / "out").fallbacks) == 3
-
-
-def test_quantize_says_that_it_saw_too_little(jaxq, tiny, tmp_path):
+def test_quantize_says_what_fell_back_and_what_saw_too_little(jaxq, tmp_path):
+    """The feed-forward's activations are finite, and their squares are not."""
+    folder = write_tiny(tmp_path / "broken", num_hidden_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.post_attention_layernorm.weight"][:] = 1e19
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1e-19
+    save_file(tensors, folder / "model.safetensors")
     short = tmp_path / "short.txt"
     short.write_text("import os\n")
     arguments = ["--recipe", "w4a16-gptq", "--calibration", short, "--json"]
-    ran = jaxq("quantize", tiny, "-o", tmp_path / "out", *arguments)
-    assert ran.exit_code == 0, ran.output
-    told = json.loads(ran.stdout)["notes"]
+    ran = jaxq("quantize", folder, "-o", tmp_path / "out", *arguments)
+    assert ran.exit_code == 3, ran.output
+    feed_forward = ", ".join(f"layers_0/mlp/{n}_proj" for n in ("gate", "up", "down"))
+    assert "fell back: 3 weights (exit code 3)" in ran.stderr
+    said = f"{feed_forward}: rounded to nearest: its Gram matrix is not finite"
+    assert said in ran.stderr
     advice = "its loss says little; give more calibration data"
-    counts = {f"10 tokens for {n} inputs: {advice}": k for n, k in ((64, 12), (128, 2))}
-    assert {note: len(paths) for note, paths in told.items()} == counts
-    assert f"10 tokens for 64 inputs: {advice}" in ran.stderr
+    told = json.loads(ran.stdout)
+    counts = {f"10 tokens for {n} inputs: {advice}": k for n, k in ((64, 6), (128, 1))}
+    assert {note: len(paths) for note, paths in told["notes"].items()} == counts
+    assert all(f": {note}" in ran.stderr for note in counts)
+    assert load_model(tmp_path / "out").fallbacks == told["fallbacks"]
+    assert len(told["fallbacks"]) == 3

@@ -1,7 +1,5 @@
 """The GPU layout and the register programs that unpack it: every code, bit by bit."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,18 +60,20 @@ def test_layout_is_a_bijection_of_the_same_size(rng, bits, pack):
 
 def test_field_is_where_the_layout_says(rng):
     """The sketch of the docstring, written out in numpy."""
-    coding, codes, _, packed = relaid(rng, "int4", 128)
+    _, codes, _, packed = relaid(rng, "int4", 128)
     slabs = np.asarray(packed).reshape(2, 2, 3, 32)
     blocks = codes.reshape(2, 2, 4, 32, 3).astype(np.uint16)
     expected = sum(blocks[:, :, i] << (4 * i) for i in range(4))
     np.testing.assert_array_equal(slabs, expected.swapaxes(-1, -2))
-    assert layout.declines(coding, 130, 8) == (
-        "130 rows of 4-bit codes are no multiple of 128"
-    )
-    with pytest.raises(ValueError, match="no multiple of 128"):
-        layout.prepack(
-            jnp.zeros((68, 8), jnp.uint8), dataclasses.replace(coding, pack=8)
-        )
+
+
+def test_rows_are_filled_up_with_zero_codes(rng):
+    coding = Coding("integer", 4, 8)
+    codes = rng.integers(1, 16, (136, 8)).astype(np.uint8)
+    packed = layout.prepack(layouts.pack(jnp.asarray(codes), 4, 0, 8), coding)
+    filled = np.asarray(layout.fields_of(packed, coding))
+    np.testing.assert_array_equal(filled[:136], codes)
+    np.testing.assert_array_equal(filled[136:], np.zeros((256 - 136, 8)))
 
 
 def run(program, block_words, choice):
