@@ -73,6 +73,7 @@ class Architecture:
         norm_offset: what norms' weights hold more than Hugging Face's.
         widest: blocks of the model whose queries llama.cpp scales by the width of all
             heads together, instead of by ``head_dim``; None: no setting says so.
+        theta: the base of rotary angles where Hugging Face's config has none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Architecture:
     interleaved: bool = False
     norm_offset: float = 0.0
     widest: int | None = None
+    theta: float = 10_000.0
 
     @property
     def keys(self) -> dict[str, tuple[str, type]]:
@@ -109,6 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _WINDOW,
         norm_offset=1.0,
         widest=62,
+        theta=1_000_000.0,
     ),
 }
 

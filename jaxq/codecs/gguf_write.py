@@ -47,7 +47,11 @@ class GGUFSink:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], kind: int) -> None:
+        from jaxq.models import find_family
+
         self.folder, self.kind = folder, kind
+        # a file that left out a setting would get llama.cpp's, which may be another
+        config = {**find_family(config).defaults, **config}
         name = _architecture(config)
         self.architecture = ARCHITECTURES[name]
         self.values = _values(config, name, self.architecture)
@@ -147,7 +151,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _values(config: Mapping[str, Any], name: str, kind: Architecture) -> dict[str, Any]:
-    known = {"rope_theta": _theta(config), **config}
+    known = {"rope_theta": _theta(config, kind.theta), **config}
     values: dict[str, Any] = {
         "general.architecture": name,
         "general.type": "model",
@@ -178,14 +182,14 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return rope.get("full_attention") or rope
 
 
-def _theta(config: Mapping[str, Any]) -> float:
+def _theta(config: Mapping[str, Any], usual: float) -> float:
     rope = _rope(config)
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
         raise UnsupportedError(
             f"GGUF is not written for rotary angles scaled as {scaling!r}"
         )
-    return rope.get("rope_theta", 10_000.0)
+    return rope.get("rope_theta", usual)
 
 
 def _refuse_unsaid(kind: Architecture, config: Mapping[str, Any]) -> None:

@@ -177,6 +177,25 @@ def test_a_file_says_all_of_a_model(tmp_path, model_type):
         np.testing.assert_allclose(a, b, atol=0 if exact else 2**-23)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [
+        ("gemma3_text", ("rope_theta", "head_dim", "query_pre_attn_scalar")),
+        ("gemma2", ("sliding_window", "head_dim", "query_pre_attn_scalar")),
+        ("qwen3", ("head_dim",)),
+    ],
+)
+def test_what_a_config_leaves_out_is_written_as_the_model_has_it(
+    tmp_path, monkeypatch, model_type, missing
+):
+    name, more = FAMILIES[model_type]
+    less = {key: value for key, value in more.items() if key not in missing}
+    monkeypatch.setitem(FAMILIES, model_type, (name, less))
+    lm, path = _written(tmp_path, model_type)
+    assert not json.loads(lm.files["config.json"]).keys() & set(missing)
+    assert jaxq.load_model(path).config == lm.config
+
+
 def test_a_window_of_0_is_none(tmp_path):
     """So llama.cpp's converter writes Phi-4, which is a phi3 that sees everything."""
     _, path = _written(tmp_path, "phi3")
