@@ -62,7 +62,8 @@ class LM(Model):
         """Return this model with its keys and values kept as something else.
 
         Its ``apply`` then reads a text through such a cache, too, so that
-        `jaxq.perplexity` and `jaxq.evaluate.evaluate_text` measure what that costs.
+        `jaxq.perplexity` and `jaxq.evaluate.evaluate_text` measure what that costs. The
+        kernels of TPUs and GPUs attend in bfloat16, those of float32 models, too.
 
         Args:
             cache: ``"float"``, or ``"int8"`` or ``"int4"``: a scale per token and head.

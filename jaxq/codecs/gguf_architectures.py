@@ -52,7 +52,7 @@ KEYS = {
 }
 OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
 _WINDOW = {"sliding_window": ("attention.sliding_window", int)}
-_CAPS = {
+CAPS = {
     "attn_logit_softcapping": ("attn_logit_softcapping", float),
     "final_logit_softcapping": ("final_logit_softcapping", float),
 }
@@ -100,7 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Gemma2ForCausalLM",
         "gemma2",
         _GEMMA,
-        {**_WINDOW, **_CAPS},
+        {**_WINDOW, **CAPS},
         norm_offset=1.0,
         widest=46,
     ),

@@ -13,6 +13,7 @@ from jaxq.checkpoints.errors import UnsupportedError
 from jaxq.codecs.folder import SPOOL, write_config
 from jaxq.codecs.gguf_architectures import (
     ARCHITECTURES,
+    CAPS,
     OPTIONAL,
     TOP,
     Architecture,
@@ -201,6 +202,12 @@ def _refuse_unsaid(kind: Architecture, config: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             f"GGUF cannot say that {off[0]} is null: where a file has no number "
             "llama.cpp takes Gemma's own"
+        )
+    lost = [key for key in CAPS if config.get(key) and key not in kind.extra]
+    if lost:
+        raise UnsupportedError(
+            f"GGUF has no {lost[0]} for a {kind.model_type} model, and its config sets "
+            f"{config[lost[0]]}"
         )
     wanted = query_scalar(kind, config)
     if config.get("query_pre_attn_scalar", wanted) != wanted:

@@ -93,8 +93,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("lr", "range_lr"):
             rate = getattr(self, name)
-            if not 0 < rate <= 1:
-                raise ValueError(f"{name}={rate} must lie in (0, 1]")
+            if not isinstance(rate, float | int) or not 0 < rate <= 1:
+                raise ValueError(f"{name}={rate!r} must be a number in (0, 1]")
         if self.ranges not in get_args(Ranges):
             raise ValueError(f"ranges={self.ranges!r} is not one of {get_args(Ranges)}")
         if not 0 <= self.momentum < 1:

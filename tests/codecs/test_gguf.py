@@ -226,6 +226,7 @@ def test_norms_of_gemma_are_shifted(tmp_path):
         ("gemma2", {"query_pre_attn_scalar": 256}, "takes 24.*it is 256"),
         ("gemma2", {"sliding_window": None}, "that sliding_window is null"),
         ("gemma2", {"final_logit_softcapping": None}, "final_logit_soft.* is null"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "no final_logit_softcap"),
         ("gemma3_text", {"rope_local_base_freq": 50.0}, "which layers slide"),
         ("gemma3_text", {"sliding_window_pattern": 3}, "which layers slide"),
         (
