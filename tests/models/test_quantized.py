@@ -53,9 +53,10 @@ def test_quantized_outputs_stay_near(row, preset, tmp_path):
     names = ("tokens", "targets", "mask")
     given = [jnp.asarray(stored[n]) for n in names if n in stored]
     four = "w4" in preset
+    text = TEXT.reshape(-1, min(TEXT.shape[1], model.config.context))
     small = model.quantize(
         preset,
-        calibration=TEXT if four else None,
+        calibration=text if four else None,
         group_size=16 if four else None,
     )
     assert set(small.fallbacks) <= {p for p in small.evidence if "/experts/" in p}
