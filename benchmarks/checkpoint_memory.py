@@ -17,6 +17,7 @@ import numpy as np
 
 import jaxq
 from benchmarks.memory import peak, resident
+from benchmarks.random_llama import random_llama
 from benchmarks.report import Table, arguments, publish
 from jaxq.codecs.folder import SafetensorsSink
 from jaxq.codecs.table import CODECS
@@ -57,21 +58,7 @@ CONVERTED = [
 
 def write_model(folder: Path, name: str, layers: int = LAYERS) -> Path:
     """Write a random Llama in a format."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "dtype": "float16",
-    }
+    config = random_llama(layers, WIDTH, INNER, VOCAB, "float16")
     folder.mkdir(parents=True)
     family = find_family(config)
     write = None if name == "float" else CODECS[name].write

@@ -13,6 +13,7 @@ import numpy as np
 
 import jaxq
 from benchmarks.memory import peak
+from benchmarks.random_llama import random_llama
 from benchmarks.report import Table, arguments, publish
 from jaxq.checkpoints.huggingface import write_folder
 from jaxq.models import find_family
@@ -30,21 +31,7 @@ WIDTH, INNER, VOCAB = 1024, 2816, 1024
 
 def write_model(folder: Path, layers: int) -> Path:
     """Write a random Llama."""
-    hf_config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCAB,
-        "hidden_size": WIDTH,
-        "intermediate_size": INNER,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
+    hf_config = random_llama(layers, WIDTH, INNER, VOCAB, "bfloat16")
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     shapes = family.abstract(config, jax.numpy.bfloat16)
