@@ -112,6 +112,23 @@ def test_awq_takes_the_scale_of_least_error_of_the_block(params, batches):
     assert np.sqrt(scale.max() * scale.min()) == pytest.approx(1.0, rel=1e-4)
 
 
+def test_awq_does_not_judge_by_padding(params, batches):
+    """The scales are those without it, however large it is."""
+    cfg, rng = recipe(chain(awq(points=6), rtn())), np.random.default_rng(4)
+    plain = quantize_with_evidence(params, cfg, network, batches)
+    padded, masks = [], []
+    for (x,) in batches:
+        rubbish = 100 * rng.normal(size=x.shape).astype(np.float32)
+        padded.append((jnp.concatenate([x, rubbish]),))
+        masks.append(jnp.arange(2 * len(x)) < len(x))
+    masked = quantize_with_evidence(params, cfg, network, padded, masks=masks)
+    for found, want in zip(
+        jax.tree.leaves(masked.params), jax.tree.leaves(plain.params), strict=True
+    ):
+        if jnp.issubdtype(found.dtype, jnp.floating):
+            np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def wide():
     """Blocks where GPTQ leaves room for better ones; data, and other data."""
