@@ -17,6 +17,7 @@ from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from jaxq.codecs import CODECS, open_model, read_leaves
 from jaxq.codecs.folder import SafetensorsSink, carry_over, may_replace
 from jaxq.codecs.gguf_write import GGUFSink
+from jaxq.codecs.reading import LOST
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.fold import fold, has_input_scales
 from jaxq.lm import DEMO, load_model
@@ -207,7 +208,7 @@ def _write(
     for leaf in leaves:
         if not isinstance(leaf.value, QTensor):
             _write_float(leaf, sink, np.asarray(leaf.value))
-            lost = leaf.note.startswith("dequantized")
+            lost = leaf.note.startswith(LOST)
             yield Row(leaf.name, DEQUANTIZED if lost else AS_FLOAT)
         elif to == FLOAT or not (leaf.is_layer or to in GGUF):
             _write_float(leaf, sink, np.asarray(_dequantized(_nameless(leaf.value))))

@@ -18,6 +18,8 @@ from jaxq.codecs.source import DTYPES, FLOATS, SafetensorsSource, Source
 from jaxq.codecs.table import codec_of
 from jaxq.qtensor import QTensor
 
+# How a note begins of a tensor that was quantized and is read as floats.
+LOST = "dequantized: "
 # Where a config lies that `config.json` does not hold, and whose it then is.
 CONFIG_FILES = {
     "quantize_config.json": "gptq",
@@ -232,7 +234,7 @@ def _stacked(parts: list[Any]) -> tuple[Any, str]:
     kinds = {str(jax.tree.structure(part)) for part in parts}
     note = ""
     if len(kinds) > 1:
-        note = "dequantized: what it stacks is quantized in different ways"
+        note = f"{LOST}what it stacks is quantized in different ways"
         parts = [p.dequantize() if isinstance(p, QTensor) else p for p in parts]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts), note
 
@@ -252,7 +254,7 @@ def read_weight(
     found = checkpoint.reader.read(name.removesuffix(".weight"), shape)
     if isinstance(found, Dense):
         values = found.values.T if is_kernel else found.values
-        return jnp.asarray(np.ascontiguousarray(values)), f"dequantized: {found.why}"
+        return jnp.asarray(np.ascontiguousarray(values)), f"{LOST}{found.why}"
     if found.dtype is None:
         found = dataclasses.replace(found, dtype=usual)
     return found.tensor(transposed=not is_kernel), found.note
