@@ -22,8 +22,8 @@ from benchmarks.report import Table, arguments, publish
 from jaxq.codecs.folder import SafetensorsSink
 from jaxq.codecs.table import CODECS
 from jaxq.codecs.unpacked import Unpacked
+from jaxq.heap import give_back
 from jaxq.models import find_family
-from jaxq.pipeline.heap import give_back
 from jaxq.spec import QuantSpec
 
 ABOUT = """\

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from jaxq.checkpoints.errors import CheckpointError
 from jaxq.checkpoints.lazy import FLOATS, LazyArray, LazyStack
 from jaxq.checkpoints.safetensors import Header, read_header
+from jaxq.heap import one_at_a_time
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -109,8 +110,10 @@ def read_tensors(
             shape than its slot or no float.
     """
     tree: dict[str, Any] = {}
-    for path, leaf in _lazy_leaves(folder, slots, dtype, ignore):
-        _place(tree, path, jnp.asarray(leaf.read()))
+    leaves = _lazy_leaves(folder, slots, dtype, ignore)
+    read = ((path, jnp.asarray(leaf.read())) for path, leaf in leaves)
+    for path, array in one_at_a_time(read):
+        _place(tree, path, array)
     return tree
 
 

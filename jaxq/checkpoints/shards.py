@@ -12,6 +12,7 @@ from jaxq.checkpoints.data_files import check_contents
 from jaxq.checkpoints.dtypes import SAFETENSORS_NAMES
 from jaxq.checkpoints.errors import CorruptError, MismatchError, UnsupportedError
 from jaxq.checkpoints.manifest import DataFile, Manifest
+from jaxq.heap import one_at_a_time
 
 INDEX = "model.safetensors.index.json"
 
@@ -85,9 +86,11 @@ def read(
     tensors, arrays = dict(manifest.tensors()), {}
     for file in manifest.files:
         reader = safetensors.Reader(folder / file)
-        for name in reader.entries:
-            place = places.get(name)
-            arrays[name] = placement.put(reader[name], tensors[name], place)
+        put = (
+            (name, placement.put(reader[name], tensors[name], places.get(name)))
+            for name in reader.entries
+        )
+        arrays.update(one_at_a_time(put))
     return arrays
 
 

@@ -16,6 +16,7 @@ from jaxq.codecs.base import Dense, Reader
 from jaxq.codecs.gguf import GGUFReader, open_gguf
 from jaxq.codecs.source import DTYPES, FLOATS, SafetensorsSource, Source
 from jaxq.codecs.table import codec_of
+from jaxq.heap import one_at_a_time
 from jaxq.qtensor import QTensor
 
 # How a note begins of a tensor that was quantized and is read as floats.
@@ -186,15 +187,16 @@ def read_leaves(
     """
     check_names(checkpoint, slots, ignore)
     usual = _model_dtype(checkpoint, slots)
-    for name, slot in slots.items():
+
+    def read(name: str, slot: Slot) -> tuple[Any, str]:
         if not checkpoint.parts(name):
-            yield Leaf(name, slot, _float(checkpoint, name, slot, dtype), "")
-            continue
+            return _float(checkpoint, name, slot, dtype), ""
         value, note = read_weight(checkpoint, name, slot, usual)
-        if dtype is not None:
-            value = _retyped(value, dtype)
-        # Or what the next ones are made of would pile up while this one is packed.
-        yield Leaf(name, slot, jax.block_until_ready(value), note)
+        return value if dtype is None else _retyped(value, dtype), note
+
+    found = one_at_a_time(read(name, slot) for name, slot in slots.items())
+    for (name, slot), (value, note) in zip(slots.items(), found, strict=True):
+        yield Leaf(name, slot, value, note)
 
 
 def read_params(

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxq.heap import give_back
 from jaxq.lift.program import Group, Key
 from jaxq.pipeline.evidence import Evidence
 from jaxq.pipeline.group import Outcome, solve_group
-from jaxq.pipeline.heap import give_back
 from jaxq.pipeline.journal import Journal
 from jaxq.pipeline.judge import Judge
 from jaxq.pipeline.store import Store

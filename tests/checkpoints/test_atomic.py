@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -66,20 +66,22 @@ def test_full_disk(tmp_path, backend, old, capfd):
     assert not "".join(capfd.readouterr()), "quiet"
 
 
-def test_orbax_threads_write_on_after_a_failure(tmp_path):
+def test_orbax_threads_write_on_after_a_failure(tmp_path, monkeypatch):
     """They make the folder again, so it is removed until they are done."""
-    folder, stop = tmp_path / "partial", time.monotonic() + 0.4
+    folder, clock, made = tmp_path / "partial", [0.0], []
 
-    def write_on() -> None:
-        while time.monotonic() < stop:
-            (folder / "d").mkdir(parents=True, exist_ok=True)
-            time.sleep(0.02)
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] < 3 and len(made) < clock[0] / 0.3:  # every 0.3 seconds
+            (folder / "d").mkdir(parents=True)  # fails unless it was removed
+            made.append(clock[0])
 
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(write_on)
-        orbax._settle(folder, calm=0.2)
-        assert time.monotonic() > stop
-        assert not folder.exists()
+    fake = types.SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+    monkeypatch.setattr(orbax, "time", fake)
+    orbax._settle(folder, calm=0.5)
+    assert len(made) == 10
+    assert not folder.exists()
+    assert made[-1] + 0.5 <= clock[0] < made[-1] + 1
 
 
 @pytest.mark.parametrize("times", [1, 2])
