@@ -1,5 +1,7 @@
 """Scales: from the range of a block to a stored scale and zero point."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +21,8 @@ def affine(
     ``2a / (2^b − 1)`` (gptq), the signed extreme over ``−2^(b−1)`` (full). Asymmetric,
     with 0 taken into the range: ``s = (high − low) / (2^b − 1)`` and
     ``z = clip(⌊lowest − low/s⌉)``. A power-of-two scale (e8m0) is
-    ``2^(⌊log2 a⌋ − ⌊log2 highest⌋)`` (OCP Microscaling v1.0, section 6.3).
+    ``2^(⌊log2 a⌋ − ⌊log2 highest⌋)`` (OCP Microscaling v1.0, section 6.3), or what
+    ``spec.exponent`` says.
 
     Args:
         low: the smallest value of each block, float32, any shape.
@@ -41,8 +44,7 @@ def affine(
     if fmt.is_integer and fmt.lowest == 0:
         largest = jnp.maximum(high, 0.0)
     if spec.scale == "e8m0":
-        exponent = jnp.floor(jnp.log2(jnp.float32(fmt.highest)))
-        return power_of_two_floor(largest) * 2.0**-exponent, None
+        return _power_of_two(largest, spec), None
     if spec.grid == "gptq":
         scale = divide(2 * largest, 2**fmt.bits - 1)
     elif spec.grid == "full":
@@ -91,9 +93,22 @@ def load_scale(stored: jax.Array, dtype: str) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def power_of_two_floor(x: jax.Array) -> jax.Array:
-    """Return ``2^⌊log2 x⌋`` of positive float32, exactly, and 0 of 0."""
+def _power_of_two(largest: jax.Array, spec: QuantSpec) -> jax.Array:
+    """Return the power-of-two scale of blocks whose largest magnitude is given."""
+    highest = spec.number_format.highest
+    if spec.exponent == "ceil":
+        return power_of_two_floor(divide(largest, highest), up_from=1.0 + 2.0**-23)
+    power = power_of_two_floor(largest, 1.75 if spec.exponent == "near" else 2.0)
+    return power * 2.0 ** -math.floor(math.log2(highest))
+
+
+def power_of_two_floor(x: jax.Array, up_from: float = 2.0) -> jax.Array:
+    """Return ``2^⌊log2 x⌋`` of positive float32, exactly, and 0 of 0.
+
+    Where ``x`` is at least ``up_from`` times that, it is doubled.
+    """
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    bits = bits + jnp.uint32(int((2.0 - up_from) * 2**23))  # carries into the exponent
     return lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)
 
 

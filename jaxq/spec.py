@@ -11,6 +11,7 @@ Block = str | int | tuple[int, int]
 
 BLOCKS = ("tensor", "channel", "token")
 GRIDS = ("restricted", "gptq", "full")
+EXPONENTS = ("floor", "near", "ceil")
 SCALE_DTYPES = (
     *("float32", "bfloat16", "float16"),
     *("e4m3", "e8m0", "inverse_float32"),
@@ -33,10 +34,14 @@ class QuantSpec:
             ``"gptq"`` (scale ``2a / (2^b-1)``, all codes, both ends clipped a little),
             ``"full"`` (signed scale: the extreme itself is the code ``-2^(b-1)``).
         scale: the dtype scales are stored in, one of ``float32 bfloat16 float16 e4m3
-            e8m0 inverse_float32`` (e8m0: a power of two, rounded down as OCP
-            Microscaling does; inverse_float32: its reciprocal, by which codes are
-            divided), or a `QuantSpec` by which the scales are quantized in turn (double
-            quantization).
+            e8m0 inverse_float32`` (e8m0: a power of two, see ``exponent``;
+            inverse_float32: its reciprocal, by which codes are divided), or a
+            `QuantSpec` by which the scales are quantized in turn (double quantization).
+        exponent: which power of two an e8m0 scale is, for the largest magnitude a and
+            the largest code h: ``"floor"`` (``2^(⌊log2 a⌋ − ⌊log2 h⌋)``, as OCP
+            Microscaling v1.0 has it), ``"near"`` (the same, one more where a is at
+            least 1.75 times a power of two: compressed-tensors), ``"ceil"`` (the
+            smallest by which nothing saturates, ``2^⌈log2(a / h)⌉``: torchao's RCEIL).
         outliers: of an activation only, and only int8 per token: the magnitude from
             which a number counts as an outlier. A column of the activation that holds
             any is multiplied in floats, the others in integers (LLM.int8(), Dettmers
@@ -64,6 +69,7 @@ class QuantSpec:
     center: bool = False
     outliers: float | None = None
     binary: bool = False
+    exponent: str = "floor"
 
     def __post_init__(self) -> None:
         """Reject what no quantizer could honour."""
@@ -76,9 +82,16 @@ class QuantSpec:
         _check_scale(self.scale)
         if self.scale == "e8m0" and not (self.symmetric and self.grid == "restricted"):
             raise ValueError(
-                f"scale='e8m0' is rounded down to a power of two for the symmetric, "
-                f"restricted grid, but symmetric={self.symmetric} and "
-                f"grid={self.grid!r}: use another scale dtype, or the defaults"
+                f"scale='e8m0' is a power of two for the symmetric, restricted grid, "
+                f"but symmetric={self.symmetric} and grid={self.grid!r}: use another "
+                f"scale dtype, or the defaults"
+            )
+        if self.exponent not in EXPONENTS:
+            raise unknown(self.exponent, EXPONENTS, "exponent")
+        if self.exponent != "floor" and self.scale != "e8m0":
+            raise ValueError(
+                f"exponent={self.exponent!r} is a choice for power-of-two scales, but "
+                f"scale={self.scale!r}: use scale='e8m0', or leave exponent='floor'"
             )
         if not self.symmetric and not fmt.is_integer:
             raise ValueError(
@@ -121,7 +134,8 @@ class QuantSpec:
         kind = "" if self.symmetric else " asymmetric"
         grid = "" if self.grid == "restricted" else f" ({self.grid} grid)"
         if isinstance(self.scale, str):
-            scales = f"{self.scale} scales"
+            rounded = "" if self.exponent == "floor" else f" ({self.exponent})"
+            scales = f"{self.scale}{rounded} scales"
         else:
             scales = f"scales as {self.scale.describe()}"
         kept = "" if self.outliers is None else f", outliers from {self.outliers:g}"

@@ -88,6 +88,28 @@ def test_the_ocp_rule(name, emax, rng):
     np.testing.assert_array_equal(as_ml_dtypes, scale)
 
 
+@pytest.mark.parametrize(("name", "emax"), [("fp4_e2m1", 2), ("fp8_e4m3", 8)])
+def test_other_powers_of_two(name, emax, rng):
+    """One more from 1.75 on; or the least by which nothing saturates."""
+    exact = np.outer([1, 1.5, 1.75, 1.7499999, 1.9999999], 2.0 ** np.arange(-9, 9))
+    amax = np.concatenate([2.0 ** rng.uniform(-100, 100, 500), exact.ravel()])
+    amax = amax.astype(np.float32)
+    mantissa, exponent = np.frexp(amax.astype(np.float64))  # amax = mantissa · 2^e
+    near, _ = scale_and_zero(
+        QuantSpec(name, 32, scale="e8m0", exponent="near"), -amax, amax / 2
+    )
+    np.testing.assert_array_equal(
+        near, np.ldexp(1.0, exponent - 1 - emax + (mantissa >= 1.75 / 2))
+    )
+    spec = QuantSpec(name, 32, scale="e8m0", exponent="ceil")
+    ceil, _ = scale_and_zero(spec, -amax, amax / 2)
+    ceil, top = np.asarray(ceil, np.float64), spec.number_format.highest
+    assert (np.frexp(ceil)[0] == 0.5).all()  # powers of two
+    # the quotient is rounded to float32 before it is rounded up
+    assert (ceil * top >= amax * (1 - 2.0**-24)).all()
+    assert (ceil * top / 2 < amax).all()
+
+
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 def test_stored_scales_read_back_as_rounded(dtype, rng):
     scale = np.exp(rng.standard_normal(300)).astype(np.float32)

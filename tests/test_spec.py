@@ -15,6 +15,7 @@ SPECS = [
     QuantSpec("int8", "token", grid="full", scale="float16"),
     QuantSpec("fp8_e4m3", (128, 128)),
     QuantSpec("fp4_e2m1", 32, scale="e8m0"),
+    QuantSpec("fp8_e4m3", 32, scale="e8m0", exponent="near"),
     QuantSpec("nf4", 64, scale=DOUBLE),
     QuantSpec("int8", "token", outliers=6),
 ]
@@ -66,6 +67,7 @@ def test_describe():
         "int8 token (full grid), float16 scales",
         "fp8_e4m3 tile 128x128, float32 scales",
         "fp4_e2m1 g32, e8m0 scales",
+        "fp8_e4m3 g32, e8m0 (near) scales",
         "nf4 g64, scales as dynamic8 g256, float32 scales",
         "int8 token, float32 scales, outliers from 6",
     ]
@@ -99,6 +101,8 @@ def test_describe():
             "e8m0.*symmetric=False",
         ),
         ({"grid": "gptq", "scale": "e8m0"}, "e8m0.*grid='gptq'"),
+        ({"exponent": "cell", "scale": "e8m0"}, "unknown exponent 'cell'.*'ceil'"),
+        ({"exponent": "near"}, "exponent='near' is .*scale='float32': use .*'e8m0'"),
         ({"outliers": 0}, "outliers=0 must be a positive number.*6.0 is usual"),
         ({"outliers": float("nan")}, "outliers=nan must be"),
         ({"outliers": float("inf")}, "outliers=inf must be"),
