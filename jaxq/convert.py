@@ -3,8 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxq.checkpoints import atomic
-from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
-from jaxq.codecs import CODECS, open_model, read_leaves
+from jaxq.checkpoints.errors import UnsupportedError
+from jaxq.codecs import CODECS
 from jaxq.codecs.folder import SafetensorsSink, carry_over, may_replace
 from jaxq.codecs.gguf_write import GGUFSink
 from jaxq.codecs.reading import LOST
 from jaxq.codecs.unpacked import Unpacked
-from jaxq.fold import fold, has_input_scales
-from jaxq.lm import DEMO, load_model
+from jaxq.convertible import FLOAT, JAXQ, Convertible, Leaf, is_foreign, opened
+from jaxq.lm import load_model
 from jaxq.model import Model
 from jaxq.names import lookup
 from jaxq.qtensor import QTensor, is_qtensor
@@ -29,7 +28,6 @@ from jaxq.spec import QuantSpec
 
 # name of a target -> ggml's type of requantized layers
 GGUF = {"gguf": 8, "gguf-q4_0": 2}
-FLOAT, JAXQ = "float", "jaxq"
 # Formats whose engines look for Linear layers; GPT-2's are Conv1D.
 LINEAR = ("awq", "compressed-tensors", "fp8")
 TARGETS: dict[str, str] = {
@@ -41,7 +39,6 @@ TARGETS: dict[str, str] = {
 }
 EXACT, REQUANTIZED, DEQUANTIZED, AS_FLOAT = "exact", "requantized", "float", "kept"
 SHARD_BYTES = 5 * 10**9
-LARGEST_CHECK = 2**31  # bytes of a model whose logits are compared after folding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,31 +100,6 @@ class Conversion:
         return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """One tensor on its way: as the target names it."""
-
-    name: str
-    value: Any
-    is_layer: bool
-    is_inner: bool  # in a block, not a head or an embedding
-    transposed: bool
-    note: str  # of the reading
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """A model to convert: its tensors one by one, and what goes with them."""
-
-    codec: str
-    config: Mapping[str, Any]
-    leaves: Iterator[_Leaf]
-    nbytes: int
-    folder: Path | None
-    files: Mapping[str, str]
-    notes: dict[str, str]
-
-
 def convert(
     source: str | Path | Model,
     path: str | Path,
@@ -143,8 +115,9 @@ def convert(
     Where it cannot, it is refused, or rounded anew (to nearest) if that is asked for.
     Embeddings and heads that the target has no form for are written as floats, and so
     are weights that cannot even be rounded anew. Scales of inputs (AWQ, SmoothQuant)
-    are folded into the module before, which is checked. The folder appears completely
-    or not at all; models of other libraries are read and written tensor by tensor.
+    are folded into the module before, and each layer that this changes is checked. The
+    folder appears completely or not at all. Folders (but for Orbax') are read and
+    written tensor by tensor, or layer by layer where scales are folded.
 
     Args:
         source: a model, or what `jaxq.load_model` takes.
@@ -178,31 +151,39 @@ def convert(
     target = Path(path)
     if to == JAXQ:
         return _to_jaxq(source, target, overwrite)
-    if _is_foreign(source):
-        model = _streamed(source)
-    else:
-        model = _loaded(source, to, requantize)
+    model = opened(source, to, requantize)
     replace = may_replace if overwrite else None
-    with (
-        atomic.new_folder(target, model.nbytes, replace) as folder,
-        _sink(folder, model, to, shard_bytes) as sink,
-    ):
-        rows = tuple(_write(model.leaves, sink, to, requantize))
-        refused = [row for row in rows if not row.outcome]
-        if refused:
-            raise _refusal(refused, to)
-        if to != FLOAT and not any(r.outcome in (EXACT, REQUANTIZED) for r in rows):
-            raise UnsupportedError(
-                f"no weight of the model is quantized, so there is nothing to write as "
-                f"{to}: quantize it with a recipe first (jaxq quantize ... --to {to})"
-            )
-        sink.close(model.config)
-        carry_over(model.folder, model.files, folder)
+    with atomic.new_folder(target, model.nbytes, replace) as folder:
+        rows = fill(folder, model, to, requantize, shard_bytes)
     return Conversion(target, model.codec, to, rows, model.notes)
 
 
+def fill(
+    folder: Path, model: Convertible, to: str, requantize: bool, shard_bytes: int
+) -> tuple[Row, ...]:
+    """Write a model into an empty folder; return what became of every tensor."""
+    with _sink(folder, model, to, shard_bytes) as sink:
+        rows = tuple(_write(model.leaves, sink, to, requantize))
+        refuse_lost(rows, to)
+        sink.close(model.config)
+        carry_over(model.folder, model.files, folder)
+    return rows
+
+
+def refuse_lost(rows: Sequence[Row], to: str) -> None:
+    """Raise `UnsupportedError` if a tensor cannot be written, or none is quantized."""
+    refused = [row for row in rows if not row.outcome]
+    if refused:
+        raise _refusal(refused, to)
+    if to != FLOAT and not any(r.outcome in (EXACT, REQUANTIZED) for r in rows):
+        raise UnsupportedError(
+            f"no weight of the model is quantized, so there is nothing to write as "
+            f"{to}: quantize it with a recipe first (jaxq quantize ... --to {to})"
+        )
+
+
 def _write(
-    leaves: Iterator[_Leaf], sink: Any, to: str, requantize: bool
+    leaves: Iterator[Leaf], sink: Any, to: str, requantize: bool
 ) -> Iterator[Row]:
     """Write every tensor; a row without outcome is one that cannot be."""
     for leaf in leaves:
@@ -218,7 +199,7 @@ def _write(
             yield _write_layer(leaf, sink, to, requantize)
 
 
-def _write_layer(leaf: _Leaf, sink: Any, to: str, requantize: bool) -> Row:
+def _write_layer(leaf: Leaf, sink: Any, to: str, requantize: bool) -> Row:
     """Write a quantized layer as it is, rounded anew, or (a head) as floats."""
     q, module = leaf.value, leaf.name.removesuffix(".weight")
     foreign = to in LINEAR and not leaf.transposed
@@ -293,7 +274,7 @@ def _dequantized(q: QTensor) -> jax.Array:
     return q.dequantize()
 
 
-def _write_float(leaf: _Leaf, sink: Any, values: np.ndarray) -> None:
+def _write_float(leaf: Leaf, sink: Any, values: np.ndarray) -> None:
     sink.floating(leaf.name, values.T if leaf.transposed else values, leaf.is_layer)
 
 
@@ -320,7 +301,7 @@ def _by_note(notes: Mapping[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Iterator[Any]:
+def _sink(folder: Path, model: Convertible, to: str, shard_bytes: int) -> Iterator[Any]:
     sink: Any
     if to in GGUF:
         sink = GGUFSink(folder, model.config, GGUF[to])
@@ -331,134 +312,6 @@ def _sink(folder: Path, model: _Model, to: str, shard_bytes: int) -> Iterator[An
         yield sink
     finally:
         sink.release()
-
-
-def _is_foreign(source: str | Path | Model) -> bool:
-    """Whether a source is a folder that another library wrote."""
-    from jaxq.checkpoints import is_jaxq_checkpoint
-
-    return not isinstance(source, Model) and not (
-        str(source) == DEMO or is_jaxq_checkpoint(source)
-    )
-
-
-def _streamed(source: Any) -> _Model:
-    """Open a folder of another library: its tensors are read as they are needed."""
-    from jaxq.models import find_family
-
-    path = Path(source)
-    hf_config, checkpoint = open_model(path)
-    family = find_family(hf_config)
-    config = family.read_config(hf_config)
-    slots = family.slots(config, checkpoint)
-    today = dict(zip(slots, family.slots(config), strict=True))
-    notes: dict[str, str] = {}
-
-    def leaves() -> Iterator[_Leaf]:
-        for leaf in read_leaves(checkpoint, slots, None, family.unread(config)):
-            if leaf.note:
-                notes[leaf.name] = leaf.note
-            yield _leaf(today[leaf.name], leaf.slot, leaf.value, leaf.note)
-
-    files = [p for p in _folder(path).iterdir() if p.is_file()]
-    return _Model(
-        codec=checkpoint.codec,
-        config=_plain_config(hf_config),
-        leaves=leaves(),
-        nbytes=sum(p.stat().st_size for p in files),
-        folder=_folder(path),
-        files={},
-        notes=notes,
-    )
-
-
-def _loaded(source: Any, to: str, requantize: bool) -> _Model:
-    """Return a model that is in memory, its input scales folded.
-
-    If weights may be rounded anew, those whose scales cannot be folded take them in.
-    """
-    from jaxq.models import find_family
-
-    lm = source if isinstance(source, Model) else load_model(source)
-    hf_config = _config_of(lm)
-    family = find_family(hf_config)
-    params = lm.params
-    if to != FLOAT and has_input_scales(params):
-        params = fold(params, family.name, _logits_of(lm), partly=requantize)
-    slots = family.slots(family.read_config(hf_config))
-
-    def leaves() -> Iterator[_Leaf]:
-        for name, slot in slots.items():
-            value: Any = params
-            for key in slot.path:
-                value = value[key]
-            if slot.place is not None:
-                value = _part(value, slot.place)
-            yield _leaf(name, slot, value, lm.notes.get(name, ""))
-
-    return _Model(
-        codec=lm.codec if lm.codec != "float" else JAXQ,
-        config=_plain_config(hf_config),
-        leaves=leaves(),
-        nbytes=lm.nbytes,
-        folder=None,
-        files=lm.files,
-        notes=dict(lm.notes),
-    )
-
-
-def _part(value: Any, place: int) -> Any:
-    """Return one of several stacked weights."""
-    if not isinstance(value, QTensor):
-        return value[place]
-    rank = value.ndim
-    return jax.tree.map(lambda a: a[place] if a.ndim == rank else a, value)
-
-
-def _leaf(name: str, slot: Any, value: Any, note: str) -> _Leaf:
-    is_layer = slot.transposed or slot.path[-1] == "kernel"
-    is_inner = any(part.isdecimal() for part in name.split("."))
-    return _Leaf(name, value, is_layer, is_inner, slot.transposed, note)
-
-
-def _config_of(lm: Model) -> dict[str, Any]:
-    text = lm.files.get("config.json")
-    if text is None:
-        raise CheckpointError(
-            f"{lm.name} has no config.json among its files, which every other format "
-            "needs: load it from a folder that has one"
-        )
-    return json.loads(text)
-
-
-def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k != "quantization_config"}
-
-
-def _folder(path: Path) -> Path:
-    return path.parent if path.is_file() else path
-
-
-def _logits_of(lm: Model) -> Any:
-    """Return what computes logits on float activations; None if that takes too long."""
-    if lm.nbytes > LARGEST_CHECK:
-        return None
-    length = min(32, int(lm.config.context))
-    tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (2, length))
-
-    def logits(params: Any) -> jax.Array:
-        plain = jax.tree.map(_float_activation, params, is_leaf=is_qtensor)
-        return lm.apply(plain, jnp.asarray(tokens, jnp.int32))
-
-    return logits
-
-
-def _float_activation(leaf: Any) -> Any:
-    if not isinstance(leaf, QTensor):
-        return leaf
-    return dataclasses.replace(
-        leaf, activation=None, activation_scale=None, activation_zero=None
-    )
 
 
 def _to_jaxq(source: Any, target: Path, overwrite: bool) -> Conversion:
@@ -472,5 +325,5 @@ def _to_jaxq(source: Any, target: Path, overwrite: bool) -> Conversion:
         )
         for path, leaf in leaves
     )
-    ours = lm.codec == FLOAT and not _is_foreign(source)
+    ours = lm.codec == FLOAT and not is_foreign(source)
     return Conversion(target, JAXQ if ours else lm.codec, JAXQ, rows, lm.notes)

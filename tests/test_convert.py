@@ -15,7 +15,12 @@ import pytest
 from safetensors import safe_open
 
 import jaxq
-from jaxq.checkpoints.errors import ExistsError, UnsupportedError, WriteError
+from jaxq.checkpoints.errors import (
+    CheckpointError,
+    ExistsError,
+    UnsupportedError,
+    WriteError,
+)
 from jaxq.convert import TARGETS
 from jaxq.names import UnknownNameError
 from tests.models.seeded import settings_of, write_seeded
@@ -267,6 +272,48 @@ def test_input_scales_are_folded_into_what_computes_the_input(tmp_path, smoothed
     one = small.forward(plain(small.params), TOKENS)
     other = again.forward(plain(again.params), TOKENS)
     np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.std(one)))
+
+
+def test_a_folded_function_that_changed_is_noticed(tmp_path, smoothed, monkeypatch):
+    """Two channels of one norm of one layer, exchanged."""
+    fold_edge = jaxq.fold._fold_edge
+
+    def wrong(layer, edge, name):
+        fold_edge(layer, edge, name)
+        if name == "layers_1" and edge.kind == "norm":
+            norm = layer[edge.producer[0]]
+            norm["weight"] = (
+                jnp.asarray(norm["weight"])
+                .at[:2]
+                .set(jnp.asarray(norm["weight"])[1::-1])
+            )
+
+    monkeypatch.setattr(jaxq.fold, "_fold_edge", wrong)
+    with pytest.raises(UnsupportedError, match="folding the input scales moved"):
+        jaxq.convert(smoothed[4], tmp_path / "out", "compressed-tensors")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "float", "gptq"])
+def test_a_saved_model_is_converted_as_the_one_in_memory(tmp_path, smoothed, lm, to):
+    """Which is never whole in memory, and is folded layer by layer."""
+    spec = jaxq.QuantSpec("int4", 32, scale="bfloat16")
+    plain = lm.quantize(jaxq.Recipe("mine", (jaxq.Rule("*layers*kernel", spec),)))
+    small = plain if to == "gptq" else smoothed[4]
+    jaxq.convert(small, tmp_path / "memory", to)
+    small.save(tmp_path / "saved")
+    told = jaxq.convert(tmp_path / "saved", tmp_path / "folder", to)
+    assert told.source == "jaxq"
+    one, other = (
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+        for name in ("memory", "folder")
+    )
+    assert one == other
+    with (tmp_path / "saved" / "model.safetensors").open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    with pytest.raises(CheckpointError, match="was altered"):
+        jaxq.convert(tmp_path / "saved", tmp_path / "again", to)
 
 
 def test_scales_that_cannot_be_folded_are_refused_or_taken_in(tmp_path, smoothed):

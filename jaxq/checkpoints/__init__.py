@@ -20,6 +20,7 @@ from jaxq.checkpoints.loading import load as load
 from jaxq.checkpoints.loading import load_abstract as load_abstract
 from jaxq.checkpoints.manifest import is_jaxq_checkpoint as is_jaxq_checkpoint
 from jaxq.checkpoints.saving import save as save
+from jaxq.checkpoints.stored import Stored as Stored
 from jaxq.checkpoints.stream import StreamWriter as StreamWriter
 from jaxq.checkpoints.stream import open_stream as open_stream
 from jaxq.checkpoints.summary import Summary as Summary

@@ -33,6 +33,7 @@ from jaxq.checkpoints.errors import (
 )
 from jaxq.checkpoints.lazy import LazyArray, LazyStack
 from jaxq.checkpoints.manifest import DataFile
+from jaxq.checkpoints.stored import read_tensor
 
 Tensors = Mapping[str, jax.ShapeDtypeStruct]
 SMALL = 2**20  # bytes of manifest, index and journal, about, for messages
@@ -178,17 +179,9 @@ class StreamWriter:
         if state is None:
             return {}
         header = safetensors.read_header(self._place / state.file)
+        header = dataclasses.replace(header, size=state.data.bytes)
         return {
-            name: LazyArray(
-                path=header.path,
-                name=name,
-                stored_shape=tensor.shape,
-                stored_dtype=np.dtype(tensor.dtype),
-                start=header.start + header.entries[name].start,
-                file_bytes=state.data.bytes,
-                dtype=np.dtype(tensor.dtype),
-                transposed=False,
-            ).read()
+            name: read_tensor(header, name, tensor)
             for name, tensor in state.tensors.items()
         }
 
