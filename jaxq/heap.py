@@ -10,7 +10,7 @@ import jax
 
 T = TypeVar("T")
 # How many bytes of arrays may be made before the heap is emptied of what made them.
-EVERY = 32 * 2**20
+EVERY = 8 * 2**20
 
 
 def give_back() -> None:
@@ -32,7 +32,7 @@ def one_at_a_time(trees: Iterable[T]) -> Iterator[T]:
     """Yield trees of arrays, each when it is ready.
 
     JAX copies arrays from the host later, and holds their sources until then; those of
-    many trees would pile up. Of what is freed, the heap keeps 32 MiB at most.
+    many trees would pile up. What made them is given back every 8 MiB.
 
     Args:
         trees: made when they are asked for; what is no array in them passes through.
