@@ -1,29 +1,23 @@
-"""GGUF files of Llama's relatives: names, permuted rows, shifted norms and config.
+"""GGUF files as llama.cpp writes them: names, rows and norms as Hugging Face has them.
 
-llama.cpp interleaves the two rotary halves of the query and key rows of architecture
-``llama``, and adds 1 to the norms of Gemma; here that is undone. The tokenizer is left
-to the Hugging Face folder.
+llama.cpp moves rows of queries, keys and values, stacks experts, and adds 1 to the
+norms of Gemma; here that is undone. The tokenizer is left to the Hugging Face folder.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
-from jaxq.codecs.gguf_architectures import (
-    ARCHITECTURES,
-    OPTIONAL,
-    ROTARY,
-    TOP,
-    Architecture,
-    query_scalar,
-)
+from jaxq.checkpoints.errors import CheckpointError
+from jaxq.codecs.gguf_architectures import ROTARY, Architecture
 from jaxq.codecs.gguf_blocks import FLOAT_TYPES, TYPES
 from jaxq.codecs.gguf_file import GGUFFile, Tensor, read_file
+from jaxq.codecs.gguf_names import Part, architecture_of, hf_names
+from jaxq.codecs.gguf_rows import row_order
+from jaxq.codecs.gguf_settings import read_numbers, to_config
 from jaxq.codecs.source import fill
 from jaxq.codecs.unpacked import Unpacked
 
@@ -34,15 +28,15 @@ class GGUFSource:
 
     Attributes:
         file: the open file.
-        names: of each tensor in the file, by Hugging Face's.
-        heads: query heads and key heads whose rows are interleaved, or None.
-        norm_offset: what norms' weights hold more than Hugging Face's.
+        row: of its architecture.
+        names: where the tensors lie, by Hugging Face's names.
+        heads: query heads and key heads.
     """
 
     file: GGUFFile
-    names: Mapping[str, str]
-    heads: tuple[int, int] | None
-    norm_offset: float
+    row: Architecture
+    names: Mapping[str, Part]
+    heads: tuple[int, int]
 
     def __contains__(self, name: object) -> bool:
         return name in self.names
@@ -52,47 +46,58 @@ class GGUFSource:
 
     def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
         """Return type and shape of a tensor."""
-        tensor = self.tensor(name)
-        floats = FLOAT_TYPES.get(tensor.type)
-        return floats[0] if floats else TYPES[tensor.type].name, tensor.shape
+        kind, shape = self.tensor(name).type, self.shape(name)
+        if kind not in FLOAT_TYPES:
+            return TYPES[kind].name, shape
+        return FLOAT_TYPES[kind][0], shape[::-1] if self._turned(name) else shape
 
     def where(self, name: str) -> str:
         """Return file and tensor, for messages."""
-        return f"{self.file.path}: {self.names[name]!r}"
+        return f"{self.file.path}: {self.names[name].tensor!r}"
 
     def read(self, name: str) -> np.ndarray:
         """Return the numbers of a float tensor."""
-        tensor = self.tensor(name)
-        out = np.empty(tensor.shape, FLOAT_TYPES[tensor.type][1])
-        fill(self.file.path, self.file.size, tensor.start, out)
-        if name.endswith("norm.weight") and self.norm_offset:
-            return out - np.asarray(self.norm_offset, out.dtype)
-        return self._in_order(name, out)
+        out = np.empty(self.shape(name), FLOAT_TYPES[self.tensor(name).type][1])
+        self._fill(name, out)
+        if name.endswith("norm.weight") and self.row.norm_offset:
+            return out - np.asarray(self.row.norm_offset, out.dtype)
+        out = self._in_order(name, out)
+        return out.T if self._turned(name) else out
 
     def blocks(self, name: str) -> np.ndarray:
         """Return the blocks of a matrix: ``uint8[out, blocks, bytes]``."""
-        tensor = self.tensor(name)
-        kind = TYPES[tensor.type]
-        rows, columns = tensor.shape
+        kind = TYPES[self.tensor(name).type]
+        rows, columns = self.shape(name)
         out = np.empty((rows, columns // kind.elements, kind.nbytes), np.uint8)
-        fill(self.file.path, self.file.size, tensor.start, out)
+        self._fill(name, out)
         return self._in_order(name, out)
 
     def tensor(self, name: str) -> Tensor:
-        """Return where a tensor lies."""
-        return self.file.tensors[self.names[name]]
+        """Return where a tensor lies, alone or with others."""
+        return self.file.tensors[self.names[name].tensor]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, of a matrix ``[out, in]``."""
+        part, shape = self.names[name], self.tensor(name).shape
+        return shape if part.place is None else shape[1:]
+
+    def _fill(self, name: str, out: np.ndarray) -> None:
+        """Read a tensor's bytes: those of its place, where several lie together."""
+        start = self.tensor(name).start + (self.names[name].place or 0) * out.nbytes
+        fill(self.file.path, self.file.size, start, out)
+
+    def _turned(self, name: str) -> bool:
+        """Whether a float matrix is ``[in, out]`` in a checkpoint."""
+        inner = name.startswith(f"{self.row.blocks}.")
+        return self.row.in_out and inner and len(self.shape(name)) == 2
 
     def _in_order(self, name: str, rows: np.ndarray) -> np.ndarray:
-        if self.heads is None or not re.search(r"\.[qk]_proj\.", name):
-            return rows
-        heads = self.heads[0 if ".q_proj." in name else 1]
-        if len(rows) % (2 * heads):
-            raise CheckpointError(
-                f"{self.where(name)} has {len(rows)} rows, which are no {heads} heads "
-                "of two halves"
-            )
-        order = np.arange(len(rows)).reshape(heads, -1, 2).swapaxes(1, 2)
-        return rows[order.reshape(-1)]
+        module = name.rpartition(".")[0]
+        try:
+            order = row_order(self.row, module, len(rows), self.heads)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.file.path}: {error}") from error
+        return rows if order is None else rows[np.argsort(order)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +116,14 @@ class GGUFReader:
     def read(self, module: str, shape: tuple[int, int]) -> Unpacked:
         """Return codes and scales as they are."""
         name = f"{module}.weight"
-        found = self.source.tensor(name)
-        if found.shape != shape:
+        found = self.source.shape(name)
+        if found != shape:
             raise CheckpointError(
-                f"{self.source.where(name)} has the shape {found.shape}; the config "
+                f"{self.source.where(name)} has the shape {found}; the config "
                 f"makes it {shape}"
             )
-        return TYPES[found.type].decode(self.source.blocks(name))
+        kind = TYPES[self.source.tensor(name).type]
+        return kind.decode(self.source.blocks(name))
 
     def unused(self) -> Mapping[str, str]:
         """Nothing is left unread."""
@@ -139,99 +145,30 @@ def open_gguf(
     """
     file = read_file(path)
     name = file.values.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{path}: general.architecture is {str(name)[:80]!a}; GGUF files are read "
-            f"of {', '.join(ARCHITECTURES)}"
-        )
-    kind = ARCHITECTURES[name]
-    config = _numbers(file, name, kind)
-    names = {
-        _hf_name(tensor, path, kind): tensor
-        for tensor in file.tensors
-        if tensor.removesuffix(".weight") not in ROTARY
-    }
-    heads = None
-    if kind.interleaved:
-        count = config["num_attention_heads"]
-        heads = count, config.get("num_key_value_heads", count)
-    source = GGUFSource(file, names, heads, kind.norm_offset)
+    row = architecture_of(name, file.tensors, str(path))
+    numbers = read_numbers(file, row)
+    count = numbers["attention.head_count"]
+    heads = count, numbers.get("attention.head_count_kv", count)
+    source = GGUFSource(file, row, _names(file, row, numbers), heads)
     if given is not None:
         return source, dict(given)
-    return source, config | _others(file, name, kind, config)
+    return source, to_config(file, row, numbers)
 
 
-def _numbers(file: GGUFFile, name: str, kind: Architecture) -> dict[str, Any]:
-    """Return the settings that are numbers."""
-    config: dict[str, Any] = {}
-    for key, (theirs, type_) in kind.keys.items():
-        value = file.values.get(f"{name}.{theirs}")
-        if value is None and (key in OPTIONAL or key in kind.extra):
+def _names(
+    file: GGUFFile, row: Architecture, numbers: Mapping[str, Any]
+) -> dict[str, Part]:
+    """Return where the tensors lie, by Hugging Face's names."""
+    names: dict[str, Part] = {}
+    experts = numbers.get("expert_count", 0)
+    for tensor, found in file.tensors.items():
+        if tensor.removesuffix(".weight") in ROTARY:
             continue
-        if value == 0 and key in kind.extra:
-            config[key] = None  # llama.cpp's word for a window or a cap that is not
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or (type_ is int and type(value) is not int) or value <= 0:
-            raise CheckpointError(
-                f"{file.path}: {name}.{theirs} is {str(value)[:80]!a}; it must "
-                "be a positive number"
-            )
-        config[key] = value
-    return config
-
-
-def _others(
-    file: GGUFFile, name: str, kind: Architecture, numbers: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what else a config says."""
-    config: dict[str, Any] = {"architectures": [kind.name]}
-    config["model_type"] = kind.model_type
-    scaling = file.values.get(f"{name}.rope.scaling.type", "none")
-    tables = [table for table in ROTARY if f"{table}.weight" in file.tensors]
-    if scaling != "none" or tables:
-        raise UnsupportedError(
-            f"{file.path} scales its rotary angles ({str(scaling)[:40]!a}); put the "
-            "model's config.json beside it, which says how"
-        )
-    table = file.tensors.get("token_embd.weight")
-    if table is None or len(table.shape) != 2:
-        raise CheckpointError(f"{file.path} has no matrix 'token_embd.weight'")
-    config["vocab_size"] = table.shape[0]
-    config["tie_word_embeddings"] = "output.weight" not in file.tensors
-    if name == "llama" and "blk.0.attn_q.bias" in file.tensors:
-        config["attention_bias"] = True
-    config |= _rotary_width(file, name, numbers)
-    if kind.widest is not None:
-        config["query_pre_attn_scalar"] = query_scalar(kind, numbers)
-    eos = file.values.get("tokenizer.ggml.eos_token_id")
-    return config if eos is None else config | {"eos_token_id": eos}
-
-
-def _rotary_width(
-    file: GGUFFile, name: str, numbers: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return which part of a head turns, where it is not all of it."""
-    width = file.values.get(f"{name}.rope.dimension_count")
-    heads, hidden = numbers["num_attention_heads"], numbers["hidden_size"]
-    head = numbers.get("head_dim", hidden // heads)
-    if type(width) is not int or width == head:
-        return {}
-    if name != "phi3" or not 0 < width < head:
-        raise UnsupportedError(
-            f"{file.path}: {name}.rope.dimension_count is {width}, and heads are "
-            f"{head} wide; only phi3 turns a part of a head"
-        )
-    return {"partial_rotary_factor": width / head}
-
-
-def _hf_name(name: str, path: Path, kind: Architecture) -> str:
-    stem, _, leaf = name.rpartition(".")
-    layer = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)", stem)
-    if stem in TOP and leaf == "weight":
-        return f"{TOP[stem]}.{leaf}"
-    if layer and layer[2] in kind.layer and leaf in ("weight", "bias"):
-        return f"model.layers.{int(layer[1])}.{kind.layer[layer[2]]}.{leaf}"
-    raise UnsupportedError(
-        f"{path} holds the tensor {name[:80]!a}, which no {kind.name} has"
-    )
+        try:
+            more = hf_names(tensor, found.shape, row, experts)
+        except CheckpointError as error:
+            raise type(error)(f"{file.path}: {error}") from error
+        if again := names.keys() & more.keys():
+            raise CheckpointError(f"{file.path} holds {min(again)!r} twice")
+        names |= more
+    return names

@@ -38,23 +38,25 @@ _PHI3 = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Hugging Face's key -> GGUF's, and what kind of number
-KEYS = {
-    "num_hidden_layers": ("block_count", int),
-    "max_position_embeddings": ("context_length", int),
-    "hidden_size": ("embedding_length", int),
-    "intermediate_size": ("feed_forward_length", int),
-    "num_attention_heads": ("attention.head_count", int),
-    "num_key_value_heads": ("attention.head_count_kv", int),
-    "head_dim": ("attention.key_length", int),
-    "rms_norm_eps": ("attention.layer_norm_rms_epsilon", float),
-    "rope_theta": ("rope.freq_base", float),
+# GGUF's key -> Hugging Face's
+_SIZES = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
 }
-OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")
-_WINDOW = {"sliding_window": ("attention.sliding_window", int)}
+KEYS = {
+    **_SIZES,
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
 CAPS = {
-    "attn_logit_softcapping": ("attn_logit_softcapping", float),
-    "final_logit_softcapping": ("final_logit_softcapping", float),
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 # Tables of rotary factors, which a config says as well.
 ROTARY = ("rope_freqs", "rope_factors_long", "rope_factors_short")
@@ -62,66 +64,101 @@ ROTARY = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One value of ``general.architecture``.
+    """One kind of model, and how a file holds it.
 
     Attributes:
+        gguf: the value of ``general.architecture``.
         name: Hugging Face's class.
-        model_type: as its config has it.
+        model_types: as their configs have it; the first is what a file is read as.
         layer: GGUF's names in a block -> Hugging Face's.
-        extra: settings that only this one has, like `KEYS`; each may be missing.
+        keys: GGUF's settings -> Hugging Face's.
+        sign: a tensor of block 0 that a file of this kind has, and none of those below
+            of the same ``gguf``.
+        written: settings that are only written.
+        absent: what is written for a setting that the model does not have.
+        words: settings that are always the same text.
+        fixed: of Hugging Face's settings, those that no file says.
+        biases: names in a block -> the setting that says that those have a bias.
+        part: the setting that says which share of a head turns, where it is not all.
+        experts: names of stacked matrices -> Hugging Face's of the one numbered ``{}``.
+        in_out: whether Hugging Face's matrices in a block are ``[in, out]``.
+        own_head: whether llama.cpp asks for a head beside the embedding.
         interleaved: whether the rotary halves of query and key rows are.
+        fused: what Hugging Face calls the projection in which every key head has its
+            queries, its key and its value together, which GGUF has apart.
         norm_offset: what norms' weights hold more than Hugging Face's.
         widest: blocks of the model whose queries llama.cpp scales by the width of all
             heads together, instead of by ``head_dim``; None: no setting says so.
-        theta: the base of rotary angles where Hugging Face's config has none.
     """
 
+    gguf: str
     name: str
-    model_type: str
+    model_types: tuple[str, ...]
     layer: Mapping[str, str]
-    extra: Mapping[str, tuple[str, type]] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str]
+    _: dataclasses.KW_ONLY
+    sign: str | None = None
+    top: Mapping[str, str] = dataclasses.field(default_factory=lambda: TOP)
+    blocks: str = "model.layers"
+    written: tuple[str, ...] = ("attention.value_length", "rope.dimension_count")
+    absent: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    part: str | None = None
+    experts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    in_out: bool = False
+    own_head: bool = False
     interleaved: bool = False
+    fused: str | None = None
     norm_offset: float = 0.0
     widest: int | None = None
-    theta: float = 10_000.0
 
     @property
-    def keys(self) -> dict[str, tuple[str, type]]:
-        """All settings that are numbers."""
-        return {**KEYS, **self.extra}
+    def turns(self) -> bool:
+        """Whether its heads turn by rotary angles."""
+        return "rope.freq_base" in self.keys
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", "llama", _LLAMA, interleaved=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", _LLAMA),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", _LLAMA),
-    "phi3": Architecture("Phi3ForCausalLM", "phi3", _PHI3, _WINDOW),
-    "gemma2": Architecture(
-        "Gemma2ForCausalLM",
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        "llama",
+        "LlamaForCausalLM",
+        ("llama", "mistral"),
+        _LLAMA,
+        KEYS,
+        biases={"attn_q": "attention_bias", "ffn_up": "mlp_bias"},
+        interleaved=True,
+    ),
+    Architecture("qwen2", "Qwen2ForCausalLM", ("qwen2",), _LLAMA, KEYS),
+    Architecture("qwen3", "Qwen3ForCausalLM", ("qwen3",), _LLAMA, KEYS),
+    Architecture(
+        "phi3",
+        "Phi3ForCausalLM",
+        ("phi3",),
+        _PHI3,
+        {**KEYS, **_WINDOW},
+        # without it, llama.cpp before June 2025 takes a window that it guesses
+        absent={"attention.sliding_window": 0},
+        part="partial_rotary_factor",
+    ),
+    Architecture(
         "gemma2",
+        "Gemma2ForCausalLM",
+        ("gemma2",),
         _GEMMA,
-        {**_WINDOW, **CAPS},
+        {**KEYS, **_WINDOW, **CAPS},
         norm_offset=1.0,
         widest=46,
     ),
-    "gemma3": Architecture(
+    Architecture(
+        "gemma3",
         "Gemma3ForCausalLM",
-        "gemma3_text",
+        ("gemma3_text",),
         _GEMMA,
-        _WINDOW,
+        {**KEYS, **_WINDOW},
         norm_offset=1.0,
         widest=62,
-        theta=1_000_000.0,
     ),
-}
-
-
-def query_scalar(architecture: Architecture, config: Mapping[str, object]) -> int:
-    """Return ``query_pre_attn_scalar`` as llama.cpp has it, which no file says."""
-    heads, width = (
-        int(str(config["num_attention_heads"])),
-        int(str(config["hidden_size"])),
-    )
-    if config["num_hidden_layers"] == architecture.widest or "head_dim" not in config:
-        return width // heads
-    return int(str(config["head_dim"]))
+)
+NAMES = tuple(dict.fromkeys(row.gguf for row in ARCHITECTURES))

@@ -144,13 +144,22 @@ FAMILIES = {
     ),
     "phi3": ("Phi3ForCausalLM", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
-    "llama": ("LlamaForCausalLM", {"attention_bias": True}),
+    "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+}
+# the keys of a Llama that others do not have
+OTHER = dict.fromkeys(
+    ["intermediate_size", "num_key_value_heads", "rms_norm_eps", "hidden_act"]
+)
+REFUSED = {
+    "qwen2": ("Qwen2ForCausalLM", {"max_window_layers": 1, "sliding_window": 8}),
+    "mistral": ("MistralForCausalLM", {}),
+    "opt": ("OPTForCausalLM", {**OTHER, "ffn_dim": 128}),
 }
 
 
 def _written(folder, model_type, **changes):
     """A float model in GGUF without its config, and the model."""
-    name, more = FAMILIES[model_type]
+    name, more = {**FAMILIES, **REFUSED}[model_type]
     # GGUF's numbers are float32
     about = {"architectures": [name], "model_type": model_type, "rms_norm_eps": 2**-17}
     lm = jaxq.load_model(write_tiny(folder / "hf", **{**about, **more, **changes}))
@@ -198,15 +207,8 @@ def test_what_a_config_leaves_out_is_written_as_the_model_has_it(
 
 def test_a_window_of_0_is_none(tmp_path):
     """So llama.cpp's converter writes Phi-4, which is a phi3 that sees everything."""
-    _, path = _written(tmp_path, "phi3")
-    key, data = (
-        b"phi3.attention.sliding_window" + struct.pack("<I", 4),
-        path.read_bytes(),
-    )
-    assert data.count(key + struct.pack("<I", 16)) == 1
-    path.write_bytes(
-        data.replace(key + struct.pack("<I", 16), key + struct.pack("<I", 0))
-    )
+    _, path = _written(tmp_path, "phi3", sliding_window=None)
+    assert read_file(path).values["phi3.attention.sliding_window"] == 0
     assert jaxq.load_model(path).config.windows == ()
 
 
@@ -234,6 +236,10 @@ def test_norms_of_gemma_are_shifted(tmp_path):
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
             "angles scaled as 'linear'",
         ),
+        ("llama", {"hidden_act": "gelu"}, "activation is gelu.* with silu"),
+        ("qwen2", {"use_sliding_window": True}, r"windows is \(None, 8\).* with \(\)"),
+        ("mistral", {"sliding_window": 8}, r"windows is \(8, 8\).*llama model with"),
+        ("opt", {}, "written for llama.*not for 'opt'"),
     ],
 )
 def test_what_no_file_can_say_is_refused(tmp_path, model_type, changes, message):
