@@ -33,7 +33,8 @@ class Rule:
         activation: the spec by which products quantize the other operand, or None.
         static: whether the activation's scale is calibrated once (needs calibration
             data) instead of computed for every call; or how its range is found: a key
-            of `jaxq.observers.OBSERVERS` that gives bounds (True: ``minmax``).
+            of `jaxq.observers.OBSERVERS` that gives bounds (True: ``minmax``). Of an
+            activation whose scales are quantized in turn, the scale of the scales.
         solver: a key of `jaxq.solvers.SOLVERS`; or what `jaxq.chain`, `jaxq.gptq` and
             the like return, which then also gives the options and transforms.
         options: keyword arguments of the solver, as sorted pairs (a mapping is taken).
@@ -93,12 +94,11 @@ class Rule:
                 f"rule {self.match!r} quantizes the activation but leaves the weight "
                 f"float; give it a weight spec, or drop the activation"
             )
-        if self.static and (
-            self.activation is None or self.activation.block != "tensor"
-        ):
+        if self.static and not (self.activation and self.activation.static_number):
             raise ValueError(
                 f"rule {self.match!r} asks for a static activation scale, which is one "
-                f"number: give activation=QuantSpec(..., block='tensor')"
+                f"number: give activation=QuantSpec(..., block='tensor'), or scales "
+                f"that are quantized in turn, scale=QuantSpec(..., block='tensor')"
             )
         if self.match.startswith("re:"):
             try:

@@ -54,6 +54,21 @@ def affine(
     return round_scale(scale, spec), None
 
 
+def static_affine(
+    low: jax.Array, high: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return what is kept of an activation's range: one scale, maybe a zero point.
+
+    As `affine`; where scales are quantized in turn, the scale of the scales that lets
+    the largest block have the largest code, as ``spec.scale`` stores it.
+    """
+    scale, zero = affine(low, high, spec)
+    if not isinstance(spec.scale, QuantSpec):
+        return scale, zero
+    world, _ = affine(jnp.zeros_like(scale), scale, spec.scale)
+    return store_scale(world, str(spec.scale.scale)), zero
+
+
 def round_scale(scale: jax.Array, spec: QuantSpec) -> jax.Array:
     """Return the scales as they will read back from storage (plain dtypes only).
 

@@ -126,6 +126,20 @@ class QuantSpec:
             return max(fmt.lowest, -fmt.highest), fmt.highest
         return fmt.lowest, fmt.highest
 
+    @property
+    def static_number(self) -> bool:
+        """Whether one number found beforehand says what dynamic scales need not.
+
+        The scale of the whole tensor; or, where the blocks' scales are dynamic and
+        quantized in turn (nvfp4), the scale of those.
+        """
+        if not isinstance(self.scale, QuantSpec):
+            return self.block == "tensor"
+        inner = self.scale
+        plain = inner.symmetric and not inner.center and inner.block == "tensor"
+        wide = inner.scale in ("float32", "inverse_float32")
+        return plain and wide and self.symmetric and not self.center
+
     def describe(self) -> str:
         """Return one line for tables: format, block, symmetry, scales."""
         block = f"g{self.block}" if isinstance(self.block, int) else self.block

@@ -258,6 +258,10 @@ class CompressedTensorsReader:
         spec = group.inputs.activation()
         if spec is None:
             return dataclasses.replace(w, note="its activation stays float")
+        if isinstance(spec.scale, QuantSpec):
+            name = f"{module}.input_global_scale"
+            world = need(self.source, name, ("F32",), (1,), ()).reshape(1, 1)
+            return dataclasses.replace(w, activation=spec, activation_scale=world)
         if group.inputs.dynamic:
             return dataclasses.replace(w, activation=spec)
         name = f"{module}.input_scale"

@@ -14,6 +14,14 @@ from jaxq.codecs.words import pack_stream, pair_nibbles
 from jaxq.spec import QuantSpec
 
 VERSION = "0.20.0"  # widths that do not divide 32 are dense streams since 0.18
+# how the library rounds scales: as jaxq calls it -> as torch does
+E4M3 = "torch.float8_e4m3fn"
+SCALE_DTYPES = {
+    "float32": None,
+    "bfloat16": "torch.bfloat16",
+    "float16": "torch.float16",
+    "e8m0": "torch.uint8",
+}
 NEIGHBOURS = 3  # float32 numbers tried on either side of a reciprocal
 Tensors = dict[str, np.ndarray]
 
@@ -186,7 +194,7 @@ def _fp4(module: str, w: Unpacked) -> tuple[Tensors, dict[str, Any]]:
         "float",
         "tensor_group",
         group_size=16,
-        scale_dtype="torch.float8_e4m3fn",
+        scale_dtype=E4M3,
     )
     return stored, {"weights": weights, "format": "nvfp4-pack-quantized"}
 
@@ -227,32 +235,78 @@ def _activation(w: Unpacked) -> tuple[dict[str, Any] | None, str]:
     spec = w.activation
     if spec is None:
         return None, ""
+    lost = f"its activation ({spec.describe()}) is no longer quantized"
+    kind = _kind(spec)
+    if kind is None or spec.center or spec.outliers is not None:
+        return None, lost
+    if isinstance(spec.scale, QuantSpec):
+        if not spec.static_number or (spec.format, spec.block) != ("fp4_e2m1", 16):
+            return None, lost
+        if w.activation_scale is None:
+            return None, f"{lost}: nvfp4 has a static scale of scales (static=True)"
+        args = _args(4, "float", "tensor_group", group_size=16, scale_dtype=E4M3)
+        return {**args, "dynamic": "local"}, ""
+    grouped = isinstance(spec.block, int)
     strategies = {"token": "token", "channel": "token", "tensor": "tensor"}
-    kinds = {"int8": "int", "fp8_e4m3": "float"}
-    strategy = strategies.get(str(spec.block))
-    if isinstance(spec.block, int):
-        strategy = "group"
-    if spec.format not in kinds or strategy is None or spec.outliers is not None:
-        return None, f"its activation ({spec.describe()}) is no longer quantized"
+    strategy = "group" if grouped else strategies.get(str(spec.block))
+    if strategy is None or not _has_scales(spec):
+        return None, lost
     dynamic = w.activation_scale is None
     args = _args(
-        8,
-        kinds[spec.format],
+        spec.bits,
+        kind,
         strategy,
         symmetric=spec.symmetric,
         dynamic=dynamic,
-        group_size=spec.block if isinstance(spec.block, int) else None,
+        group_size=spec.block if grouped else None,
+        scale_dtype=SCALE_DTYPES[str(spec.scale)],
         zp_dtype=None if spec.symmetric else "torch.int8",
     )
-    rounded = spec.format == "int8" and dynamic and spec.grid == "restricted"
-    note = "its activation's scale is the largest magnitude / 127.5 there, not / 127"
-    return args, note if rounded else ""
+    return args, _rounding(spec) if dynamic else ""
+
+
+def _kind(spec: QuantSpec) -> str | None:
+    """Return what the library calls the codes of an activation."""
+    if spec.format in ("fp8_e4m3", "fp4_e2m1"):
+        return "float"
+    signed = spec.number_format.lowest < 0
+    return "int" if spec.number_format.is_integer and signed else None
+
+
+def _has_scales(spec: QuantSpec) -> bool:
+    """Whether the library rounds an activation's scales as the spec says."""
+    if spec.scale == "e8m0":
+        return spec.block == 32 and _kind(spec) == "float"
+    return spec.scale in SCALE_DTYPES and (
+        spec.scale == "float32" or _kind(spec) == "float"
+    )
+
+
+def _rounding(spec: QuantSpec) -> str:
+    """Return a note where the library finds other scales than the spec says."""
+    if spec.scale == "e8m0" and spec.exponent != "near":
+        return (
+            "its activation's scales are rounded up there from 1.75 times a power of "
+            f"two on, not by {spec.exponent!r}"
+        )
+    if _kind(spec) == "int" and spec.symmetric and spec.grid == "restricted":
+        top = 2 ** (spec.bits - 1)
+        return (
+            f"its activation's scale is the largest magnitude / {top - 0.5:g} there, "
+            f"not / {top - 1}"
+        )
+    return ""
 
 
 def _static(module: str, w: Unpacked) -> Tensors:
     scale = np.asarray(w.activation_scale, np.float32).reshape(-1)
     if scale.size != 1:
         raise UnsupportedError("its activation has several static scales")
+    inner = None if w.activation is None else w.activation.scale
+    if isinstance(inner, QuantSpec):  # a divisor there
+        divides = inner.scale == "inverse_float32"
+        world = scale if divides else np.float32(1) / scale
+        return {f"{module}.input_global_scale": world}
     tensors: Tensors = {f"{module}.input_scale": scale}
     if w.activation_zero is not None:
         zero = np.asarray(w.activation_zero, np.int8).reshape(1)

@@ -50,13 +50,21 @@ def fp4_matrix(
     if world is None:
         spec = QuantSpec("fp4_e2m1", 32, scale="e8m0")
         return Unpacked(codes, scales, spec, (32, 1), BFLOAT16)
-    inner = QuantSpec(
-        "fp8_e4m3", "tensor", scale="inverse_float32" if divides else "float32"
-    )
+    inner = small_scales(divides)
     grid = scales.shape[0], scales.shape[1]
     level = Unpacked(scales.view(np.uint8), world, inner, grid, np.float32)
     spec = QuantSpec("fp4_e2m1", 16, scale=inner)
     return Unpacked(codes, level, spec, (16, 1), BFLOAT16)
+
+
+def small_scales(divides: bool) -> QuantSpec:
+    """Return how nvfp4 stores scales: e4m3, and one number for all of them.
+
+    Args:
+        divides: whether the number divides them (compressed-tensors) or multiplies.
+    """
+    scale = "inverse_float32" if divides else "float32"
+    return QuantSpec("fp8_e4m3", "tensor", scale=scale)
 
 
 def e8m0_patterns(scales: np.ndarray) -> np.ndarray:

@@ -9,13 +9,24 @@ import numpy as np
 from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from jaxq.checkpoints.strict_json import shorten
 from jaxq.codecs import settings
+from jaxq.codecs.floats import small_scales
 from jaxq.codecs.words import unpack_fields, unpack_stream
-from jaxq.spec import QuantSpec
+from jaxq.spec import Block, QuantSpec
 
 STRATEGIES = (
     *("tensor", "channel", "group", "block", "token", "tensor_group"),
     *("attn_head", "group_token"),
 )
+E4M3 = "torch.float8_e4m3fn"
+MX_SCALE = "torch.uint8"  # the exponent of a power of two
+NVFP4 = ("tensor_group", 4, E4M3)
+# how scales of activations are rounded: torch's name -> jaxq's
+FLOAT_SCALES = {
+    E4M3: "e4m3",
+    "torch.float32": "float32",
+    "torch.bfloat16": "bfloat16",
+    "torch.float16": "float16",
+}
 DENSE_SINCE = (0, 18)  # before, a word held whole fields
 
 
@@ -31,6 +42,7 @@ class Args:
         tile: ``(out, in)`` of a block, for blocks.
         symmetric: whether there are no zero points.
         dynamic: whether scales are computed when it runs; ``"local"`` of blocks only.
+        scale: the dtype that scales are rounded to, as torch calls it, or None.
     """
 
     bits: int
@@ -40,6 +52,7 @@ class Args:
     tile: tuple[int, int]
     symmetric: bool
     dynamic: bool | str
+    scale: str | None = None
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Args":
@@ -71,6 +84,7 @@ class Args:
             tile=_tile(tile) if strategy == "block" else (1, 1),
             symmetric=settings.flag(data, "symmetric", True),
             dynamic=dynamic,
+            scale=_scale_dtype(data),
         )
 
     def block(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -87,20 +101,37 @@ class Args:
     def activation(self) -> QuantSpec | None:
         """Return how a product is to quantize its input; None where none can.
 
-        Two-level fp4 activations (``dynamic: local``) and other widths than 8 bits are
-        left float.
+        Integers of 2 to 8 bits, fp8 and fp4: per tensor, token or group; and the
+        two-level fp4 of nvfp4 (``dynamic: local``), whose blocks find their scales when
+        it runs, and whose global scale, a divisor, was found before.
         """
-        if self.bits != 8 or self.dynamic == "local":
-            return None
-        blocks = {"tensor": "tensor", "token": "token", "group": self.group}
-        block = blocks.get(self.strategy)
-        if block is None or (self.kind == "float" and not self.symmetric):
+        grouped = self.strategy in ("group", "tensor_group")
+        blocks = {"tensor": "tensor", "token": "token"}
+        block = self.group if grouped else blocks.get(self.strategy)
+        if block is None or (grouped and not self.dynamic):
             return None
         if self.kind == "float":
-            return QuantSpec("fp8_e4m3", block)
+            return self._float_activation(block)
+        if self.bits == 1 or self.scale is not None or self.dynamic == "local":
+            return None
         if self.symmetric:
-            return QuantSpec("int8", block, grid="gptq" if self.dynamic else "full")
-        return QuantSpec("int8", block, symmetric=False)
+            grid = "gptq" if self.dynamic else "full"
+            return QuantSpec(f"int{self.bits}", block, grid=grid)
+        return QuantSpec(f"int{self.bits}", block, symmetric=False)
+
+    def _float_activation(self, block: Block) -> QuantSpec | None:
+        name = {4: "fp4_e2m1", 8: "fp8_e4m3"}.get(self.bits)
+        if name is None or not self.symmetric:
+            return None
+        if self.dynamic == "local":
+            nvfp4 = (self.strategy, self.bits, self.scale) == NVFP4
+            return QuantSpec(name, block, scale=small_scales(True)) if nvfp4 else None
+        if self.scale == MX_SCALE:
+            mx = block == 32
+            spec = QuantSpec(name, block, scale="e8m0", exponent="near")
+            return spec if mx else None
+        scale = "float32" if self.scale is None else FLOAT_SCALES.get(self.scale)
+        return None if scale is None else QuantSpec(name, block, scale=scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +218,17 @@ def _ignored(config: Mapping[str, Any]) -> Callable[[str], bool]:
     return lambda module: (
         module in exact or any(p.match(module) is not None for p in patterns)
     )
+
+
+def _scale_dtype(data: Mapping[str, Any]) -> str | None:
+    given = data.get("scale_dtype")
+    if given is not None and not isinstance(given, str):
+        raise CheckpointError(
+            f"quantization_config: scale_dtype is {shorten(given)}; it must be a "
+            "dtype's name, as 'torch.uint8', or null"
+        )
+    usual = E4M3 if data.get("strategy") == "tensor_group" else None
+    return usual if given is None else f"torch.{given.removeprefix('torch.')}"
 
 
 def _packing(config: Mapping[str, Any]) -> Callable[..., np.ndarray]:

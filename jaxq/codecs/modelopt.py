@@ -2,7 +2,8 @@
 
 fp8: ``weight`` float8_e4m3fn, ``weight_scale`` and ``input_scale`` float32 scalars.
 nvfp4: ``weight`` uint8 ``[out, in / 2]``, ``weight_scale`` float8_e4m3fn of 16 channels
-each, times ``weight_scale_2``, a float32 scalar.
+each, times ``weight_scale_2``, a float32 scalar; ``input_scale`` multiplies the float8
+scales that blocks of 16 of the input are given when it runs.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxq.checkpoints.errors import CheckpointError
 from jaxq.codecs import settings
-from jaxq.codecs.floats import BFLOAT16, float_matrix, fp4_matrix
+from jaxq.codecs.floats import BFLOAT16, float_matrix, fp4_matrix, small_scales
 from jaxq.codecs.source import Source, need, parts_of, scalar
 from jaxq.codecs.unpacked import Unpacked
 from jaxq.codecs.words import nibbles
@@ -50,19 +51,22 @@ class ModelOptReader:
             grid = columns, rows // 16
             scales = need(self.source, f"{name}_scale", ("F8_E4M3",), grid)
             world = scalar(self.source, f"{name}_scale_2", ("F32",))
-            return fp4_matrix(nibbles(packed).T, scales.T, world.reshape(1, 1))
+            w = fp4_matrix(nibbles(packed).T, scales.T, world.reshape(1, 1))
+            spec = QuantSpec("fp4_e2m1", 16, scale=small_scales(divides=False))
+            return self._with_activation(w, module, spec)
         codes = need(self.source, name, ("F8_E4M3",), shape)
         scale = scalar(self.source, f"{name}_scale", ("F32",)).reshape(1, 1)
         w = float_matrix(codes.T, scale, "float32", (rows, columns), BFLOAT16)
-        given = f"{module}.input_scale"
-        if given not in self.source:
+        return self._with_activation(w, module, QuantSpec("fp8_e4m3", "tensor"))
+
+    def _with_activation(self, w: Unpacked, module: str, spec: QuantSpec) -> Unpacked:
+        """Add how the input is quantized; without a scale for it, it stays float."""
+        name = f"{module}.input_scale"
+        if name not in self.source:
             return w
+        scale = np.asarray(scalar(self.source, name, ("F32",)), np.float32)
         return dataclasses.replace(
-            w,
-            activation=QuantSpec("fp8_e4m3", "tensor"),
-            activation_scale=np.asarray(
-                scalar(self.source, given, ("F32",)), np.float32
-            ).reshape(1, 1),
+            w, activation=spec, activation_scale=scale.reshape(1, 1)
         )
 
     def unused(self) -> Mapping[str, str]:

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxq.qtensor import QTensor
-from jaxq.quantize import Axes, Blocking, Bounds, block_bounds, quantize
-from jaxq.scales import affine
+from jaxq.quantize import (
+    Axes,
+    Blocking,
+    Bounds,
+    assemble,
+    block_bounds,
+    encode,
+    quantize,
+)
+from jaxq.scales import affine, divide
 from jaxq.spec import QuantSpec
 
 
@@ -68,7 +76,45 @@ def static_or_dynamic(
     """
     if w.activation_scale is None:
         return quantize(x, spec, axis)
+    if isinstance(spec.scale, QuantSpec):
+        return _in_two_levels(x, w, spec, axis)
     return quantize(x, spec, axis, bounds=_static_bounds(w, spec, x.ndim))
+
+
+def _in_two_levels(x: jax.Array, w: QTensor, spec: QuantSpec, axis: Axes) -> QTensor:
+    """Quantize ``x`` with scales of its own, and those with the weight's static scale.
+
+    Of a block whose largest magnitude is a, with h the largest code and g the static
+    number, the scale is ``s = fp8(a / h / g) · g``, or with a divisor (inverse_float32)
+    ``s = fp8(a / h · g) / g``.
+    """
+    inner = spec.scale
+    assert isinstance(inner, QuantSpec)
+    where = Blocking.of(spec, x.shape, axis)
+    ideal, zero = affine(*block_bounds(x, where.block), spec)
+    world = _fitting(jnp.asarray(w.activation_scale), x.ndim)
+    divides = inner.scale == "inverse_float32"
+    codes = ideal * world if divides else divide(ideal, world)
+    # one static number for all, or (ragged experts) one per token
+    shared = tuple(
+        n if m == 1 else 1 for n, m in zip(ideal.shape, world.shape, strict=True)
+    )
+    scales = assemble(
+        inner.number_format.encode(codes),
+        world,
+        None,
+        inner,
+        Blocking(shared, where.contracting),
+        dtype=jnp.dtype(jnp.float32),
+    )
+    scale = scales.dequantize(jnp.float32)
+    values = encode(x.astype(jnp.float32), scale, zero, spec, where.block)
+    return assemble(values, scales, zero, spec, where, dtype=x.dtype)
+
+
+def _fitting(a: jax.Array, rank: int) -> jax.Array:
+    """Return a single number with the rank of the activation; others as they are."""
+    return a.reshape((1,) * rank) if a.size == 1 else a
 
 
 def row_scale(x: jax.Array, w: QTensor, spec: QuantSpec) -> jax.Array:
@@ -88,13 +134,13 @@ def row_scale(x: jax.Array, w: QTensor, spec: QuantSpec) -> jax.Array:
 def with_static_scales(w: QTensor, fit: Callable[[jax.Array], jax.Array]) -> QTensor:
     """Return ``w`` with its static scale and zero point as ``fit`` arranges them.
 
-    Where there are several, one for each part of a stack, tokens have them: the
-    activation is then quantized per token.
+    Where there are several, one for each part of a stack, tokens have them: what was
+    one block is then quantized per token.
     """
     if w.activation is None or w.activation_scale is None:
         return w
     scale, activation = fit(w.activation_scale), w.activation
-    if scale.size > 1:
+    if scale.size > 1 and activation.block == "tensor":
         activation = dataclasses.replace(activation, block="token")
     return dataclasses.replace(
         w,
@@ -106,11 +152,8 @@ def with_static_scales(w: QTensor, fit: Callable[[jax.Array], jax.Array]) -> QTe
 
 def _static_bounds(w: QTensor, spec: QuantSpec, rank: int) -> Bounds:
     """Return the range that the weight's static scale stands for."""
-
-    def fit(a: jax.Array) -> jax.Array:
-        return a.reshape((1,) * rank) if a.size == 1 else a
-
-    scale, fmt = jnp.abs(fit(jnp.asarray(w.activation_scale))), spec.number_format
+    scale = jnp.abs(_fitting(jnp.asarray(w.activation_scale), rank))
+    fmt = spec.number_format
     if w.activation_zero is None:
         return -scale * fmt.highest, scale * fmt.highest
     if spec.symmetric:
@@ -118,7 +161,7 @@ def _static_bounds(w: QTensor, spec: QuantSpec, rank: int) -> Bounds:
             f"{w!r} has a zero point for its activation, which is {spec.describe()}: "
             f"leave activation_zero=None, or ask for symmetric=False"
         )
-    zero = fit(w.activation_zero).astype(jnp.float32)
+    zero = _fitting(w.activation_zero, rank).astype(jnp.float32)
     return scale * (fmt.lowest - zero), scale * (fmt.highest - zero)
 
 

@@ -70,7 +70,10 @@ def _needs_outliers(p: Problem) -> str | None:
 def _needs_integer_operands(p: Problem, act: QuantSpec) -> str | None:
     rows = act.block in ("token", "channel", "tensor")
     if act.format != "int8" or not (rows and act.symmetric) or act.center:
-        return f"the activation is {act.describe()}, not int8 per token or tensor"
+        return (
+            f"the activation is {act.describe()}, not int8 per token or tensor: it is "
+            f"rounded and multiplied as floats"
+        )
     fmt = p.w.spec.number_format
     if not fmt.is_integer:
         return f"the weight is {fmt.name}, not an integer"

@@ -14,7 +14,7 @@ from jaxq.pipeline.rows import Layout, to_rows
 from jaxq.pipeline.solve import Task
 from jaxq.pipeline.stream import Stream
 from jaxq.qtensor import QTensor
-from jaxq.scales import affine
+from jaxq.scales import static_affine
 from jaxq.spec import QuantSpec
 
 
@@ -97,7 +97,7 @@ def _scale(
     low, high = jax.vmap(bounds)(state) if stacked else bounds(state)
     low = jnp.where(jnp.isnan(low), jnp.nanmin(low), low)
     high = jnp.where(jnp.isnan(high), jnp.nanmax(high), high)
-    scale, zero = affine(low, high, spec)
+    scale, zero = static_affine(low, high, spec)
     if zero is not None:
         zero = zero.astype(jnp.int8 if spec.number_format.lowest < 0 else jnp.uint8)
     return scale, zero

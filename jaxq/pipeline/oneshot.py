@@ -19,7 +19,7 @@ from jaxq.pipeline.solve import Task, losses, rounded, solve_task
 from jaxq.pipeline.statistics import Seen, empty, merge, updated
 from jaxq.pipeline.store import Store, read_leaf
 from jaxq.qtensor import QTensor
-from jaxq.scales import affine
+from jaxq.scales import static_affine
 
 NOTE = "calibrated in one shot on the float model: {why}"
 
@@ -145,7 +145,7 @@ def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
             f"has no static scale: use a dynamic activation scale for it"
         )
     low, high = jnp.min(seen.low, axis=-1), jnp.max(seen.high, axis=-1)
-    scale, zero = affine(low, high, spec)
+    scale, zero = static_affine(low, high, spec)
     lengths = [n if a in task.stacked else 1 for a, n in enumerate(task.weight.shape)]
 
     def fit(values: jax.Array) -> jax.Array:

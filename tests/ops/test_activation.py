@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import jaxq
 from jaxq import ops
 from jaxq.quantize import quantize
 from jaxq.scales import affine
@@ -227,3 +228,124 @@ def test_there_too_channels_are_picked_before_the_rounding(rng):
     plain = dataclasses.replace(q, input_index=None, rows=None, input_scale=None)
     want = read_back(met, spec) @ oracle.dequantize(plain).reshape(64, N)
     np.testing.assert_allclose(y, want, rtol=1e-3, atol=1e-2)
+
+
+# ------------------------------------------------- blocks with small scales: nvfp4, mx
+
+FP8 = ml_dtypes.float8_e4m3fn
+E2M1 = np.asarray([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+NVFP4 = QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))
+DIVIDED = dataclasses.replace(
+    NVFP4, scale=QuantSpec("fp8_e4m3", "tensor", scale="inverse_float32")
+)
+BLOCKED = [
+    NVFP4,
+    QuantSpec("fp4_e2m1", 16, scale="e4m3"),
+    QuantSpec("fp4_e2m1", 32, scale="e8m0"),
+    QuantSpec("fp4_e2m1", 32, scale="e8m0", exponent="near"),
+    QuantSpec("fp8_e4m3", 32, scale="e8m0", exponent="near"),
+    QuantSpec("fp8_e4m3", 32, scale="e8m0", exponent="ceil"),
+]
+
+
+def nearest(x, spec):
+    """The nearest number of the format, in float64; ties to the even code."""
+    if spec.format == "fp8_e4m3":
+        return np.clip(x, -448, 448).astype(FP8).astype(np.float64)
+    distance = np.abs(np.abs(x)[..., None] - E2M1)
+    codes = np.arange(8)
+    return np.sign(x) * E2M1[np.argmin(distance + 1e-9 * (codes % 2), -1)]
+
+
+def blocks_read_back(x, spec, world=None):
+    """What blocks stand for: `world` multiplies their fp8 scales."""
+    blocks = x.astype(np.float64).reshape(len(x), -1, spec.block)
+    top = 448.0 if spec.format == "fp8_e4m3" else 6.0
+    largest = np.abs(blocks).max(-1, keepdims=True)
+    if spec.scale == "e8m0":
+        mantissa, exponent = np.frexp(largest)
+        up = {"floor": 2, "near": 1.75, "ceil": 1.5 if top == 6 else 1.75 + 1e-9}
+        up = 2 * mantissa >= up[spec.exponent]
+        scale = 2.0 ** (exponent - 1 + up - np.floor(np.log2(top)))
+    else:
+        ideal = largest / top
+        if isinstance(spec.scale, QuantSpec):
+            world = ideal.max() / 448 if world is None else world
+        else:
+            world = 1.0
+        scale = np.minimum(ideal / world, 448).astype(FP8).astype(np.float64) * world
+    codes = nearest(blocks / np.where(scale == 0, 1, scale), spec)
+    return (codes * scale).reshape(x.shape)
+
+
+def uneven(rng, n):
+    """Rows whose blocks differ in size by far, one of them all zeros."""
+    x = rng.standard_normal((n, K)) * 2.0 ** rng.integers(
+        -6, 3, (n, K // 16, 1)
+    ).repeat(16, 1).reshape(n, K)
+    x[0, :16] = 0
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("spec", BLOCKED, ids=QuantSpec.describe)
+@pytest.mark.parametrize("name", ["w4", "fp8"])
+def test_blocks_of_fp4_and_fp8(name, spec, rng):
+    q = dataclasses.replace(stored(name), activation=spec)
+    inputs = [uneven(rng, n) for n in (1, 20)]
+    assert kernel_of(inputs[1], q) == "xla.tiled_dot"
+    for x, y in zip(inputs, multiply(inputs, q), strict=True):
+        read = blocks_read_back(x, spec)
+        assert np.abs(read - x).max() > 0.01  # it is no small change
+        check_closely(y, read, q)
+
+
+@pytest.mark.parametrize("spec", [NVFP4, DIVIDED], ids=["multiplied", "divided"])
+def test_a_static_scale_of_scales(spec, rng):
+    """Too small for some blocks, whose scales saturate; too large for the smallest."""
+    x = uneven(rng, 20)
+    world = np.float32(np.abs(x).max() / 6 / 448 / 2)
+    stored_world = 1 / world if spec is DIVIDED else world
+    q = dataclasses.replace(
+        stored("fp8"),
+        activation=spec,
+        activation_scale=jnp.full((1, 1), stored_world, jnp.float32),
+    )
+    read = blocks_read_back(x, spec, float(world))
+    assert np.abs(read).max() < np.abs(x).max() / 1.5
+    check_closely(multiply([x], q)[0], read, q)
+
+
+def check_closely(y, read, q):
+    """Equal up to float32: no number of the data lies on a rounding boundary."""
+    w = oracle.dequantize(q)
+    error = np.abs(np.asarray(y, np.float64) - read @ w)
+    assert np.all(error <= 3e-6 * (np.abs(read) @ np.abs(w)) + 1e-6)
+
+
+def test_experts_have_static_scales_of_scales_of_their_own(rng):
+    """A batch of matrices, and tokens that are sorted by their expert."""
+    w = rng.standard_normal((3, K, N)).astype(np.float32)
+    q = jax.jit(lambda w: quantize(w, QuantSpec("int8"), 1, stacked=(0,)))(w)
+    worlds = np.asarray([1e-3, 4e-4, 2e-4], np.float32)
+    q = dataclasses.replace(
+        q, activation=NVFP4, activation_scale=jnp.asarray(worlds.reshape(3, 1, 1))
+    )
+    x = rng.standard_normal((3, 20, K)).astype(np.float32)
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    batched = jax.jit(lambda x, q: ops.dot_general(x, q, numbers)[0])(x, q)
+    counts = jnp.full(3, 20, jnp.int32)
+    ragged = jax.jit(lambda x, q: ops.ragged_dot(x, q, counts)[0])(x.reshape(60, K), q)
+    for i, world in enumerate(worlds):
+        one = jax.tree.map(lambda a, i=i: a[i], q)
+        read = blocks_read_back(x[i], NVFP4, float(world))
+        check_closely(batched[i], read, one)
+        check_closely(ragged[20 * i : 20 * (i + 1)], read, one)
+
+
+def test_explain_says_that_blocks_are_read_back():
+    q = dataclasses.replace(stored("fp8"), activation=NVFP4)
+    reasons = jaxq.explain(lambda w, x: x @ w, q, jnp.ones((20, K))).rows[0].choice
+    assert reasons is not None
+    said = dict(reasons.declined)["xla.integer_tiled_dot"]
+    assert said.startswith("the activation is fp4_e2m1 g16, scales as fp8_e4m3 tensor")
+    assert said.endswith("it is rounded and multiplied as floats")
