@@ -1,8 +1,9 @@
-"""What tests need of JAX and cannot have by a public name: interpreted GPU kernels."""
+"""What tests need of JAX and cannot have by a public name: interpreted kernels."""
 
 from typing import Any
 
 import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # noqa: TID251
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # noqa: TID251
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -22,4 +23,10 @@ def gpu_interpreter() -> Any:
 def races_found() -> bool:
     """Whether the last kernel had a race (from 0.11 on, a race raises)."""
     races = gpu_callbacks.get_races()
+    return races is not None and bool(races.races_found)
+
+
+def tpu_races_found() -> bool:
+    """Whether the last simulated TPU kernel had a race."""
+    races = interpret_pallas_call.races
     return races is not None and bool(races.races_found)

@@ -20,6 +20,8 @@ GPUS = ("sm_80", "sm_86", "sm_89", "sm_90")
 class Problem:
     """`softmax(cap(q k^T scale) + bias) v` over what a layer's cache holds.
 
+    The tokens of a row lie in the order of their positions, one at each.
+
     Attributes:
         q: `[B, T, heads, head_dim]`.
         layer: codes and scales, those of the queries' own tokens included.
@@ -49,7 +51,19 @@ class Problem:
     @property
     def lengths(self) -> jax.Array:
         """How many slots of a row are filled, `int32[B]`."""
-        return jnp.sum(self.key_positions >= 0, axis=1, dtype=jnp.int32)
+        return _count(self.key_positions >= 0)
+
+    @property
+    def span(self) -> tuple[jax.Array | None, jax.Array]:
+        """The first slot that a row's only query sees, and the one behind the last.
+
+        Without a window the first is None: it is slot 0.
+        """
+        key, query = self.key_positions, self.positions[:, :1]
+        ends = _count((key >= 0) & (key <= query))
+        if self.window is None:
+            return None, ends
+        return _count((key >= 0) & (key <= query - self.window)), ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +106,15 @@ def choose(p: Problem, target: Target) -> tuple[Kernel, Choice]:
     raise RuntimeError("the last kernel of the table must take every problem")
 
 
+def _count(slots: jax.Array) -> jax.Array:
+    """Return how many of each row are true, `int32[B]`."""
+    return jnp.sum(slots, axis=1, dtype=jnp.int32)
+
+
 def _unusual(p: Problem) -> str | None:
     """Return what of the problem no kernel of a chip knows, or None."""
     if p.q.shape[1] != 1:
         return f"{p.q.shape[1]} tokens at once: it attends from one"
-    if p.bias is not None:
-        return "the scores have a bias (alibi)"
-    if p.cap is not None:
-        return f"the scores are capped at {p.cap}"
-    if p.window is not None and p.window < p.layer.slots:
-        return f"a token sees {p.window} tokens back, of {p.layer.slots} slots"
     mesh = divided_mesh(p.q, p.layer.keys)
     if mesh is not None:
         return f"it runs on one device, not on {dict(mesh.shape)}: use jax.shard_map"
@@ -116,11 +129,25 @@ def _tpu_declines(p: Problem, target: Target) -> str | None:
     return _unusual(p)
 
 
+def _bias(p: Problem) -> jax.Array | None:
+    """Return the bias of the only query, `[B or 1, heads, slots]`, or None."""
+    return None if p.bias is None else p.bias[:, :, 0]
+
+
 def _tpu_run(p: Problem, target: Target) -> jax.Array:
     from pallas_kernels.tpu.decode_attention import decode_attention
 
+    starts, ends = p.span
     out = decode_attention(
-        p.q[:, 0], *p.codes, p.lengths, scale=p.scale, interpret=target.interpret
+        p.q[:, 0],
+        *p.codes,
+        ends,
+        starts=starts,
+        bias=_bias(p),
+        window=p.window,
+        scale=p.scale,
+        cap=p.cap,
+        interpret=target.interpret,
     )
     return out[:, None]
 
@@ -139,14 +166,11 @@ def _gpu_declines(p: Problem, target: Target) -> str | None:
 
 
 def _gpu_run(p: Problem, target: Target) -> jax.Array:
-    from pallas_kernels.gpu.decode_attention import TILES, decode_attention
+    from pallas_kernels.gpu.decode_attention import decode_attention
 
     batch, _, heads, width = p.q.shape
     cached = p.layer.keys.shape[1]
-    tile = TILES[0]
-    # parts of whole steps, so that the cache need not be padded
-    steps = p.layer.slots // tile.tokens
-    parts = next(n for n in range(min(tile.parts, steps), 0, -1) if steps % n == 0)
+    starts, ends = p.span
     keys, values = (
         jax.lax.bitcast_convert_type(codes, jnp.uint8) for codes in p.codes[:2]
     )
@@ -155,10 +179,12 @@ def _gpu_run(p: Problem, target: Target) -> jax.Array:
         keys,
         values,
         *p.codes[2:],
-        jnp.maximum(p.lengths, 1),
+        ends,
         bits=p.layer.spec.bits,
+        starts=starts,
+        bias=_bias(p),
         scale=p.scale,
-        tile=dataclasses.replace(tile, parts=parts),
+        cap=p.cap,
         interpret=bool(target.interpret),
     )
     return out.reshape(p.q.shape)

@@ -3,9 +3,9 @@
     o = Σ_s p_s v_s,   p = softmax_s(q · k_s / √D),   k_s = κ_s · code,  v_s alike
 
 A token's scale leaves the products: κ multiplies the score, ν the probability, so codes
-go to the tensor cores as exact 16-bit numbers. Every part of the context is attended to
-by its own thread block, with a maximum and a sum of its own, and the parts are put
-together by XLA; blocks past a sequence's length are not read.
+go to the tensor cores as exact 16-bit numbers. What counts of a sequence, all of it or
+a window, is cut into a part for each of its thread blocks, with a maximum and a sum of
+its own, and the parts are put together by XLA; no other tokens are read.
 
 An int4 code of channel d shares its byte with channel d + D / 2 (low half first); codes
 are ``value + 8``. int8 codes are two's complement.
@@ -36,7 +36,7 @@ class Tile:
 
     Attributes:
         tokens: per step, 16 · 2^n.
-        parts: of the context, for different thread blocks.
+        parts: of what counts of a sequence, for different thread blocks.
         warps: per thread block.
         stages: of Triton's pipeline.
     """
@@ -63,6 +63,9 @@ class Case:
         channels: per head.
         bits: 8 or 4.
         dtype: of queries.
+        window: tokens before the end that count, or None.
+        cap: of the scores, or None.
+        biased: whether something is added to the scores.
     """
 
     name: str
@@ -73,6 +76,21 @@ class Case:
     channels: int
     bits: int
     dtype: str = "bfloat16"
+    window: int | None = None
+    cap: float | None = None
+    biased: bool = False
+
+    def options(self, seed: int = 0) -> dict[str, Any]:
+        """Return keyword arguments for the same seed's `arrays`."""
+        told: dict[str, Any] = {"bits": self.bits, "cap": self.cap}
+        if self.window is not None:
+            ends = self.arrays(seed)[5]
+            told["starts"] = jnp.maximum(ends - self.window, 0)
+        if self.biased:
+            size = self.batch, self.heads * self.queries, self.tokens
+            bias = np.random.default_rng(seed + 1).standard_normal(size)
+            told["bias"] = jnp.asarray(bias.astype(np.float32))
+        return told
 
     def arrays(self, seed: int = 0) -> list[jax.Array]:
         """Return random arguments of `decode_attention`."""
@@ -96,6 +114,9 @@ CASES = (
     Case("int8", 2, 2, 4, 256, 64, 8),
     Case("int4", 2, 1, 8, 128, 128, 4),
     Case("int8, one query, odd length, float32", 1, 2, 1, 200, 64, 8, "float32"),
+    Case("int8, window, caps", 3, 2, 2, 400, 64, 8, window=70, cap=5.0),
+    Case("int4, biased, window", 2, 2, 1, 192, 64, 4, window=150, biased=True),
+    Case("int8, biased groups", 1, 2, 3, 128, 32, 8, biased=True),
 )
 
 
@@ -108,7 +129,10 @@ def decode_attention(
     lengths: jax.Array,
     *,
     bits: int,
+    starts: jax.Array | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
+    cap: float | None = None,
     tile: Tile = TILES[0],
     interpret: bool = False,
 ) -> jax.Array:
@@ -120,10 +144,13 @@ def decode_attention(
         values: like ``keys``.
         key_scales: float32 ``[B, H, S]``.
         value_scales: like ``key_scales``.
-        lengths: int32 ``[B]``, the tokens of each cache, at least 1.
+        lengths: int32 ``[B]``, the tokens of each cache; 0 gives zeros.
         bits: 8 or 4.
+        starts: int32 ``[B]``, the first token that counts; by default 0.
+        bias: float32 ``[B or 1, H · G, S]``, added to the scores.
         scale: of the scores; ``D ** -0.5`` by default.
-        tile: how to cut; fewer parts where the context is short.
+        cap: scores s become ``cap tanh(s / cap)``.
+        tile: how to cut; fewer parts where the cache is small.
         interpret: whether to run on a CPU.
 
     Returns:
@@ -135,29 +162,37 @@ def decode_attention(
     if bits not in (4, 8):
         raise ValueError(f"bits={bits}: a cache has codes of 4 or 8 bits")
     batch, heads, queries, channels = q.shape
-    parts = max(1, min(tile.parts, keys.shape[2] // tile.tokens))
-    pad = -keys.shape[2] % (parts * tile.tokens)
-    keys, values, key_scales, value_scales = (
-        jnp.pad(a, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 3)) if pad else a
-        for a in (keys, values, key_scales, value_scales)
-    )
-    per = keys.shape[2] // parts
     rows = max(LEAST, 1 << (queries - 1).bit_length())
+    added = [] if bias is None else [_per_row(bias, heads, rows)]
+    cached = _whole_steps([keys, values, key_scales, value_scales], tile.tokens, axis=2)
+    added = _whole_steps(added, tile.tokens, axis=3)
+    slots = cached[0].shape[2]
+    parts = min(tile.parts, slots // tile.tokens)
+    starts = jnp.zeros_like(lengths) if starts is None else starts
     half = jnp.float16 if q.dtype == jnp.float16 else jnp.bfloat16
     factor = channels**-0.5 if scale is None else scale
     scaled = (q.astype(jnp.float32) * factor).astype(half)
     scaled = jnp.pad(scaled, ((0, 0), (0, 0), (0, rows - queries), (0, 0)))
     cache = pl.BlockSpec(
-        (None, None, per, channels * bits // 8), lambda b, h, j: (b, h, j, 0)
+        (None, None, slots, channels * bits // 8), lambda b, h, j: (b, h, 0, 0)
     )
-    of_token = pl.BlockSpec((None, None, per), lambda b, h, j: (b, h, j))
+    of_token = pl.BlockSpec((None, None, slots), lambda b, h, j: (b, h, 0))
+    shared = bias is not None and bias.shape[0] == 1
+    of_bias = [
+        pl.BlockSpec(
+            (None, None, a.shape[2], slots),
+            lambda b, h, j: (0 if shared else b, h, 0, 0),
+        )
+        for a in added
+    ]
+    of_row = pl.BlockSpec((1,), lambda b, h, j: (b,))
     out, weight = pl.pallas_call(
-        functools.partial(_kernel, bits, tile.tokens, per, interpret),
+        functools.partial(_kernel, bits, tile.tokens, parts, cap, interpret),
         grid=(batch, heads, parts),
         in_specs=[
+            *[of_row, of_row],
             pl.BlockSpec((None, None, rows, channels), lambda b, h, j: (b, h, 0, 0)),
-            *[cache, cache, of_token, of_token],
-            pl.BlockSpec((1,), lambda b, h, j: (b,)),
+            *[cache, cache, of_token, of_token, *of_bias],
         ],
         out_specs=[
             pl.BlockSpec(
@@ -173,27 +208,52 @@ def decode_attention(
             num_warps=tile.warps, num_stages=tile.stages
         ),
         interpret=interpret,
-    )(scaled, keys, values, key_scales, value_scales, lengths)
+    )(starts, lengths, scaled, *cached, *added)
     share = jax.nn.softmax(weight, axis=2)[..., None]
     return jnp.sum(out * share, axis=2)[:, :, :queries].astype(q.dtype)
+
+
+def _whole_steps(arrays: list[jax.Array], tokens: int, axis: int) -> list[jax.Array]:
+    """Return arrays with whole steps of tokens along an axis; caches have them."""
+
+    def padded(a: jax.Array) -> jax.Array:
+        missing = -a.shape[axis] % tokens
+        pad = [(0, missing if i == axis else 0) for i in range(a.ndim)]
+        return jnp.pad(a, pad) if missing else a
+
+    return [padded(a) for a in arrays]
+
+
+def _per_row(bias: jax.Array, heads: int, rows: int) -> jax.Array:
+    """Return ``[B or 1, H · G, S]`` as ``[B or 1, H, rows, S]``.
+
+    A single query's row is that of the padding, too, and stays one: ``[B, H, 1, S]``.
+    """
+    of_head = bias.reshape(bias.shape[0], heads, -1, bias.shape[2])
+    missing = 0 if of_head.shape[2] == 1 else rows - of_head.shape[2]
+    pad = ((0, 0), (0, 0), (0, missing), (0, 0))
+    return jnp.pad(of_head, pad).astype(jnp.float32)
 
 
 def _kernel(
     bits: int,
     tokens: int,
-    per: int,
+    parts: int,
+    cap: float | None,
     interpret: bool,
+    starts: Any,
+    ends: Any,
     q: Any,
     keys: Any,
     values: Any,
     key_scales: Any,
     value_scales: Any,
-    lengths: Any,
-    out: Any,
-    weight: Any,
+    *rest: Any,
 ) -> None:
     """Attend to one part of a context; write its mean and the log of its weight."""
-    left = lengths[0] - pl.program_id(2) * per
+    *bias, out, weight = rest
+    start, end = starts[0], ends[0]
+    begin, steps = _part(start, end, tokens, parts)
     query, rows = q[...], q.shape[0]
     fields = 8 // bits
     width = q.shape[1] // fields
@@ -203,13 +263,18 @@ def _kernel(
 
     def step(i: Any, carry: Any) -> Any:
         top, total, sums = carry
-        here = pl.ds(i * tokens, tokens)
+        first = (begin + i) * tokens
+        here = pl.ds(first, tokens)
         k = _numbers(keys[here], bits, query.dtype, interpret)
         pairs = zip(queries, k, strict=True)
         score = sum(by_rows(a, b, jnp.float32) for a, b in pairs)
         score = score * key_scales[here][None]
-        inside = i * tokens + lax.broadcasted_iota(jnp.int32, score.shape, 1) < left
-        score = jnp.where(inside, score, jnp.float32(LOWEST))
+        if cap is not None:
+            score = jnp.tanh(score * jnp.float32(1 / cap)) * jnp.float32(cap)
+        for a in bias:
+            score = score + a[:, here]
+        place = first + lax.broadcasted_iota(jnp.int32, score.shape, 1)
+        score = jnp.where((place >= start) & (place < end), score, jnp.float32(LOWEST))
         new = jnp.maximum(top, jnp.max(score, axis=1))
         fade, p = jnp.exp(top - new), jnp.exp(score - new[:, None])
         mass = (p * value_scales[here][None]).astype(query.dtype)
@@ -219,17 +284,24 @@ def _kernel(
         return new, total * fade + jnp.sum(p, axis=1), sums
 
     zero = [jnp.zeros((rows, width), jnp.float32) for _ in range(fields)]
-    start = (
+    nothing = (
         jnp.full((rows,), LOWEST, jnp.float32),
         jnp.zeros((rows,), jnp.float32),
         zero,
     )
-    steps = jnp.clip(lax.div(left + (tokens - 1), tokens), 0, per // tokens)
-    top, total, sums = lax.fori_loop(0, steps, step, start)
+    top, total, sums = lax.fori_loop(0, steps, step, nothing)
     total = jnp.maximum(total, jnp.float32(1e-30))
     for i, part in enumerate(sums):
         out[:, pl.ds(i * width, width)] = part / total[:, None]
     weight[...] = top + jnp.log(total)
+
+
+def _part(start: Any, end: Any, tokens: int, parts: int) -> tuple[Any, Any]:
+    """Return the first step of this thread block, and how many it takes."""
+    first, last = lax.div(start, tokens), lax.div(end + (tokens - 1), tokens)
+    each = lax.div(last - first + (parts - 1), parts)
+    begin = first + pl.program_id(2) * each
+    return begin, jnp.clip(last - begin, 0, each)
 
 
 def _numbers(
@@ -271,7 +343,10 @@ def reference(
     lengths: jax.Array,
     *,
     bits: int,
+    starts: jax.Array | None = None,
+    bias: jax.Array | None = None,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Return the same in float32 and plain jnp."""
 
@@ -286,6 +361,13 @@ def reference(
     k, v = numbers(keys, key_scales), numbers(values, value_scales)
     score = jnp.einsum("bhgd,bhsd->bhgs", q.astype(jnp.float32), k)
     score = score * (math.sqrt(1 / q.shape[-1]) if scale is None else scale)
-    inside = jnp.arange(k.shape[2]) < lengths[:, None, None, None]
+    if cap is not None:
+        score = cap * jnp.tanh(score / cap)
+    if bias is not None:
+        score = score + bias.reshape(bias.shape[0], *score.shape[1:])
+    place = jnp.arange(k.shape[2])
+    inside = place < lengths[:, None, None, None]
+    if starts is not None:
+        inside &= place >= starts[:, None, None, None]
     share = jax.nn.softmax(jnp.where(inside, score, -jnp.inf), axis=-1)
     return jnp.einsum("bhgs,bhsd->bhgd", share, v)

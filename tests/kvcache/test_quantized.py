@@ -118,15 +118,27 @@ def held(kind, target, lengths=(130, 7), heads=2, width=64):
     return layer, cache.positions, jnp.asarray(lengths)[:, None] - 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+BIAS = normal((1, 4, 1, 192), 3)
+
+
 @pytest.mark.parametrize("chip", ["tpu", "gpu"])
-@pytest.mark.parametrize("scale", [None, 0.2])
-def test_the_kernels_of_chips_agree_with_plain_xla(kind, chip, scale):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("int8", {}),
+        ("int4", {"scale": 0.2}),
+        ("int8", {"window": 50, "cap": 2.0}),
+        ("int4", {"window": 100, "bias": BIAS}),
+        ("int8", {"bias": jnp.concatenate([BIAS, 2 * BIAS])}),
+    ],
+    ids=["plain", "scale", "window, cap", "window, bias", "bias per row"],
+)
+def test_the_kernels_of_chips_agree_with_plain_xla(kind, chip, options):
     q = normal((2, 1, 4, 64), 2)
     outs = []
     for target in (CHIPS[chip], CPU):
         layer, key_positions, last = held(kind, target)
-        p = Problem(q, layer, last, key_positions, scale=scale)
+        p = Problem(q, layer, last, key_positions, **options)
         kernel, choice = choose(p, target)
         expected = (
             f"{chip}.decode_attention" if target != CPU else "xla.cached_attention"
@@ -138,26 +150,35 @@ def test_the_kernels_of_chips_agree_with_plain_xla(kind, chip, scale):
     assert np.abs(outs[1]).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"q": jnp.ones((2, 3, 4, 64))}, "3 tokens at once"),
-        ({"bias": jnp.ones((1, 4, 1, 192))}, "a bias"),
-        ({"cap": 30.0}, "capped at 30.0"),
-        ({"window": 100}, "sees 100 tokens back, of 192 slots"),
-    ],
-)
-def test_what_a_kernel_does_not_know_runs_in_xla_and_is_told(change, reason):
-    for chip in ("tpu", "gpu"):
-        layer, key_positions, last = held("int8", CHIPS[chip])
-        p = Problem(normal((2, 1, 4, 64)), layer, last, key_positions)
-        kernel, choice = choose(dataclasses.replace(p, **change), CHIPS[chip])
-        assert kernel.name == "xla.cached_attention"
-        ((name, why),) = choice.declined
-        assert name == f"{chip}.decode_attention"
-        assert reason in why
-    wide = dataclasses.replace(p, window=192)  # as wide as the cache: no window
-    assert choose(wide, CHIPS["gpu"])[0].name == "gpu.decode_attention"
+@pytest.mark.parametrize("chip", ["tpu", "gpu"])
+def test_a_window_is_of_positions_and_padding_sees_nothing(chip):
+    """Tokens stand at 0, 3, 6, ...: 16 of them are less than 48 back."""
+    q = normal((2, 1, 4, 64), 2)
+    outs = []
+    for target in (CHIPS[chip], CPU):
+        layer, key_positions, last = held("int8", target)
+        key_positions = jnp.where(key_positions < 0, -1, 3 * key_positions)
+        queries = jnp.asarray([[3 * int(last[0, 0])], [-1]])
+        p = Problem(q, layer, queries, key_positions, window=48)
+        assert choose(p, target)[0].name.startswith(
+            target.backend.replace("cpu", "xla")
+        )
+        outs.append(np.asarray(attend(p)[0]))
+    assert [a.tolist() for a in p.span] == [[114, 0], [130, 0]]
+    assert np.abs(outs[0] - outs[1]).max() <= 2.0**-6 * np.abs(outs[1]).max()
+    assert np.all(outs[0][1] == 0)
+    assert np.abs(outs[1][0]).max() > 0.1
+
+
+@pytest.mark.parametrize("chip", ["tpu", "gpu"])
+def test_what_a_kernel_does_not_know_runs_in_xla_and_is_told(chip):
+    layer, key_positions, last = held("int8", CHIPS[chip])
+    p = Problem(normal((2, 3, 4, 64)), layer, last, key_positions)
+    kernel, choice = choose(p, CHIPS[chip])
+    assert kernel.name == "xla.cached_attention"
+    ((name, why),) = choice.declined
+    assert name == f"{chip}.decode_attention"
+    assert "3 tokens at once" in why
 
 
 @pytest.mark.parametrize(
