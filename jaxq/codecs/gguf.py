@@ -79,6 +79,8 @@ class GGUFSource:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, of a matrix ``[out, in]``."""
         part, shape = self.names[name], self.tensor(name).shape
+        if part.flat and len(shape) == 1:
+            return (1, *shape)
         return shape if part.place is None else shape[1:]
 
     def _fill(self, name: str, out: np.ndarray) -> None:

@@ -38,6 +38,25 @@ _PHI3 = {
     "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SPARSE = {**_ATTENTION, "ffn_norm": "post_attention_layernorm"}
+_MIXTRAL = {**_SPARSE, "ffn_gate_inp": "block_sparse_moe.gate"}
+_QWEN_MOE = {**_SPARSE, "ffn_gate_inp": "mlp.gate"}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_MIXTRAL_EXPERTS = {
+    "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+    "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+    "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN_EXPERTS = {
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 # GGUF's key -> Hugging Face's
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -54,6 +73,12 @@ KEYS = {
     "rope.freq_base": "rope_theta",
 }
 _WINDOW = {"attention.sliding_window": "sliding_window"}
+_QWEN_MOE_KEYS = {
+    **KEYS,
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
 CAPS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -123,6 +148,20 @@ class Architecture:
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         "llama",
+        "MixtralForCausalLM",
+        ("mixtral",),
+        _MIXTRAL,
+        {
+            **KEYS,
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+        },
+        sign="ffn_gate_inp.weight",
+        experts=_MIXTRAL_EXPERTS,
+        interleaved=True,
+    ),
+    Architecture(
+        "llama",
         "LlamaForCausalLM",
         ("llama", "mistral"),
         _LLAMA,
@@ -132,6 +171,29 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture("qwen2", "Qwen2ForCausalLM", ("qwen2",), _LLAMA, KEYS),
     Architecture("qwen3", "Qwen3ForCausalLM", ("qwen3",), _LLAMA, KEYS),
+    Architecture(
+        "qwen2moe",
+        "Qwen2MoeForCausalLM",
+        ("qwen2_moe",),
+        {**_QWEN_MOE, **_SHARED_EXPERT},
+        {
+            **_QWEN_MOE_KEYS,
+            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+        },
+        experts=_QWEN_EXPERTS,
+        fixed={"norm_topk_prob": False},
+        biases={"attn_q": "qkv_bias"},
+        own_head=True,
+    ),
+    Architecture(
+        "qwen3moe",
+        "Qwen3MoeForCausalLM",
+        ("qwen3_moe",),
+        _QWEN_MOE,
+        _QWEN_MOE_KEYS,
+        experts=_QWEN_EXPERTS,
+        fixed={"norm_topk_prob": True},
+    ),
     Architecture(
         "phi3",
         "Phi3ForCausalLM",

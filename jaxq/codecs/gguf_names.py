@@ -21,6 +21,16 @@ class Part(NamedTuple):
     tensor: str
     place: int | None = None
 
+    @property
+    def flat(self) -> bool:
+        """Whether it is a matrix of one row, which lies there as a vector."""
+        return self.tensor.endswith(".ffn_gate_inp_shexp.weight")
+
+    @property
+    def wide(self) -> bool:
+        """Whether llama.cpp asks for float32, if it is float at all."""
+        return ".ffn_gate_inp" in self.tensor
+
 
 def architecture_of(name: object, tensors: Iterable[str], where: str) -> Architecture:
     """Return the row of a file.

@@ -12,6 +12,7 @@ from jaxq.codecs.gguf_file import GGUFFile
 from jaxq.codecs.gguf_gemma import query_scalar
 
 MOST_EXPERTS = 10_000
+SOFTMAX = 1  # how a router makes weights of its scores
 
 
 def _window(shape: Any) -> int | None:
@@ -31,6 +32,10 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "attention.layer_norm_epsilon": (float, attrgetter("norm_eps")),
     "attention.layer_norm_rms_epsilon": (float, attrgetter("norm_eps")),
     "attention.sliding_window": (int, _window),
+    "expert_count": (int, attrgetter("num_experts")),
+    "expert_used_count": (int, attrgetter("per_token")),
+    "expert_feed_forward_length": (int, attrgetter("expert_size")),
+    "expert_shared_feed_forward_length": (int, attrgetter("shared_size")),
     "attn_logit_softcapping": (float, attrgetter("score_cap")),
     "final_logit_softcapping": (float, attrgetter("logit_cap")),
     "rope.freq_base": (float, attrgetter("rope.theta")),
@@ -43,6 +48,10 @@ MISSING: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         known["embedding_length"] // known["attention.head_count"]
     ),
     "rope.freq_base": lambda known: 10_000.0,
+    "expert_feed_forward_length": lambda known: (
+        known["feed_forward_length"] // known["expert_used_count"]
+    ),
+    "expert_shared_feed_forward_length": lambda known: known["feed_forward_length"],
 }
 OPTIONAL = ("attention.sliding_window", *CAPS)
 # How a checkpoint lays out its rows, which changes nothing that is computed.
@@ -66,6 +75,11 @@ def read_numbers(file: GGUFFile, row: Architecture) -> dict[str, Any]:
             value = MISSING[key](found)
         _check(file, f"{row.gguf}.{key}", value, SETTINGS[key][0])
         found[key] = value
+    if found.get("expert_count", 0) > MOST_EXPERTS:
+        raise CheckpointError(
+            f"{file.path}: {row.gguf}.expert_count is {found['expert_count']}; no "
+            f"model has more than {MOST_EXPERTS}"
+        )
     return found
 
 
@@ -104,6 +118,7 @@ def to_config(
             f"{file.path} scales its rotary angles ({str(scaling)[:40]!a}); put the "
             "model's config.json beside it, which says how"
         )
+    _refuse_other_routers(file, row)
     table = file.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise CheckpointError(f"{file.path} has no matrix 'token_embd.weight'")
@@ -126,6 +141,17 @@ def to_config(
         config["query_pre_attn_scalar"] = scalar
     eos = file.values.get("tokenizer.ggml.eos_token_id")
     return config if eos is None else config | {"eos_token_id": eos}
+
+
+def _refuse_other_routers(file: GGUFFile, row: Architecture) -> None:
+    usual = {"expert_gating_func": (0, SOFTMAX), "expert_weights_scale": (0, 1)}
+    for key, known in usual.items():
+        value = file.values.get(f"{row.gguf}.{key}", known[1])
+        if row.experts and value not in known:
+            raise UnsupportedError(
+                f"{file.path}: {row.gguf}.{key} is {str(value)[:80]!a}; the experts of "
+                f"a {row.name} are weighted with the softmax, times {known[1]}"
+            )
 
 
 def _rotary_share(

@@ -75,11 +75,11 @@ class GGUFSink:
         return refuse_activation(w)
 
     def floating(self, name: str, values: np.ndarray, is_layer: bool) -> None:
-        """Write a float tensor; norms and biases as float32, which ggml asks for."""
+        """Write a float tensor; norms, biases and routers as float32, as ggml asks."""
         del is_layer
-        if values.ndim == 1:
+        if values.ndim == 1 or gguf_name(name, self.row).wide:
             values = values.astype(np.float32)
-        elif self.row.in_out and name.startswith(f"{self.row.blocks}."):
+        if self.row.in_out and name.startswith(f"{self.row.blocks}."):
             values = values.T
         if name.endswith("norm.weight"):
             values = values + np.float32(self.row.norm_offset)
@@ -112,7 +112,9 @@ class GGUFSink:
 
     def _add(self, name: str, kind: int, shape: tuple[int, ...], data: bytes) -> None:
         """Write a tensor, or the next of those that are stacked in one."""
-        tensor, place = gguf_name(name, self.row)
+        part = gguf_name(name, self.row)
+        tensor, place = part
+        shape = shape[1:] if part.flat else shape
         whole = shape if place is None else (place + 1, *shape)
         held, size = self.tensors.get(tensor), len(data)
         if place:

@@ -1,6 +1,5 @@
 """GGUF: every block type against ggml's C code; damaged files."""
 
-import functools
 import hashlib
 import json
 import struct
@@ -15,11 +14,9 @@ from jaxq.checkpoints.errors import CheckpointError, CorruptError, UnsupportedEr
 from jaxq.codecs.gguf import open_gguf
 from jaxq.codecs.gguf_blocks import TYPES
 from jaxq.codecs.gguf_file import read_file
-from jaxq.codecs.gguf_write import GGUFSink
 from jaxq.codecs.source import fill
-from jaxq.models import find_family
 from tests.codecs.excerpts import digest, write_gguf
-from tests.tiny_lm import write_tiny
+from tests.codecs.gguf_models import FAMILIES, write_model
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "gguf" / "blocks.gguf"
@@ -106,8 +103,8 @@ def test_overlapping_tensors_are_refused(tmp_path):
 
 def test_unknown_architectures_and_types_are_named(tmp_path):
     path = tmp_path / "a.gguf"
-    write_gguf(path, {"general.architecture": "falcon"}, {})
-    with pytest.raises(UnsupportedError, match=r"falcon.*llama, qwen2, qwen3, phi3"):
+    write_gguf(path, {"general.architecture": "mamba"}, {})
+    with pytest.raises(UnsupportedError, match=r"mamba.*llama, qwen2, qwen3, "):
         open_gguf(path)
     write_gguf(path, {}, {"a": (19, (256,), bytes(50))})
     with pytest.raises(UnsupportedError, match=r"ggml type 19.*Q4_K"):
@@ -129,55 +126,9 @@ def test_a_scaled_rope_needs_the_models_own_config(tmp_path):
         open_gguf(path)
 
 
-GEMMA = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 24,
-    "query_pre_attn_scalar": 24,
-    "sliding_window": 16,
-    "tie_word_embeddings": True,
-}
-FAMILIES = {
-    "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "final_logit_softcapping": 20.0}),
-    "gemma3_text": (
-        "Gemma3ForCausalLM",
-        {**GEMMA, "num_hidden_layers": 6, "rope_theta": 1e6},
-    ),
-    "phi3": ("Phi3ForCausalLM", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
-    "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
-}
-# the keys of a Llama that others do not have
-OTHER = dict.fromkeys(
-    ["intermediate_size", "num_key_value_heads", "rms_norm_eps", "hidden_act"]
-)
-REFUSED = {
-    "qwen2": ("Qwen2ForCausalLM", {"max_window_layers": 1, "sliding_window": 8}),
-    "mistral": ("MistralForCausalLM", {}),
-    "opt": ("OPTForCausalLM", {**OTHER, "ffn_dim": 128}),
-}
-
-
-def _written(folder, model_type, **changes):
-    """A float model in GGUF without its config, and the model."""
-    name, more = {**FAMILIES, **REFUSED}[model_type]
-    # GGUF's numbers are float32
-    about = {"architectures": [name], "model_type": model_type, "rms_norm_eps": 2**-17}
-    lm = jaxq.load_model(write_tiny(folder / "hf", **{**about, **more, **changes}))
-    config = json.loads(lm.files["config.json"])
-    out = folder / "gguf"
-    out.mkdir()
-    sink = GGUFSink(out, config, 8)
-    for tensor, slot in find_family(config).slots(lm.config).items():
-        value = functools.reduce(lambda tree, key: tree[key], slot.path, lm.params)
-        sink.floating(tensor, np.asarray(value.T if slot.transposed else value), False)
-    sink.close(config)
-    (out / "config.json").unlink()
-    return lm, out / "model.gguf"
-
-
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_file_says_all_of_a_model(tmp_path, model_type):
-    lm, path = _written(tmp_path, model_type)
+    lm, path = write_model(tmp_path, model_type)
     again = jaxq.load_model(path)
     assert again.config == lm.config
     found, _ = jax.tree_util.tree_flatten_with_path(again.params)
@@ -200,20 +151,20 @@ def test_what_a_config_leaves_out_is_written_as_the_model_has_it(
     name, more = FAMILIES[model_type]
     less = {key: value for key, value in more.items() if key not in missing}
     monkeypatch.setitem(FAMILIES, model_type, (name, less))
-    lm, path = _written(tmp_path, model_type)
+    lm, path = write_model(tmp_path, model_type)
     assert not json.loads(lm.files["config.json"]).keys() & set(missing)
     assert jaxq.load_model(path).config == lm.config
 
 
 def test_a_window_of_0_is_none(tmp_path):
     """So llama.cpp's converter writes Phi-4, which is a phi3 that sees everything."""
-    _, path = _written(tmp_path, "phi3", sliding_window=None)
+    _, path = write_model(tmp_path, "phi3", sliding_window=None)
     assert read_file(path).values["phi3.attention.sliding_window"] == 0
     assert jaxq.load_model(path).config.windows == ()
 
 
 def test_norms_of_gemma_are_shifted(tmp_path):
-    lm, path = _written(tmp_path, "gemma2")
+    lm, path = write_model(tmp_path, "gemma2")
     file = read_file(path)
     out = np.empty(64, "<f4")
     fill(file.path, file.size, file.tensors["output_norm.weight"].start, out)
@@ -239,12 +190,16 @@ def test_norms_of_gemma_are_shifted(tmp_path):
         ("llama", {"hidden_act": "gelu"}, "activation is gelu.* with silu"),
         ("qwen2", {"use_sliding_window": True}, r"windows is \(None, 8\).* with \(\)"),
         ("mistral", {"sliding_window": 8}, r"windows is \(8, 8\).*llama model with"),
-        ("opt", {}, "written for llama.*not for 'opt'"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "normalized is True.* with False"),
+        ("qwen2_moe", {"tie_word_embeddings": True}, "head in every qwen2moe file"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "normalized is False.* with True"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"no name for 'model.layers.1.mlp.d"),
+        ("opt", {}, "written for .*llama.*not for 'opt'"),
     ],
 )
 def test_what_no_file_can_say_is_refused(tmp_path, model_type, changes, message):
     with pytest.raises(UnsupportedError, match=message):
-        _written(tmp_path, model_type, **changes)
+        write_model(tmp_path, model_type, **changes)
 
 
 def test_the_digest_is_of_the_numbers():

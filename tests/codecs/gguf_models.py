@@ -1,0 +1,93 @@
+"""Tiny models of every architecture in GGUF, and what such a file holds."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxq
+from jaxq.codecs.gguf_file import read_file
+from jaxq.codecs.gguf_write import GGUFSink
+from jaxq.models import find_family
+from tests.codecs.excerpts import write_gguf
+from tests.tiny_lm import write_tiny
+
+GEMMA = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 24,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 16,
+    "tie_word_embeddings": True,
+}
+FAMILIES = {
+    "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "final_logit_softcapping": 20.0}),
+    "gemma3_text": (
+        "Gemma3ForCausalLM",
+        {**GEMMA, "num_hidden_layers": 6, "rope_theta": 1e6},
+    ),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": 16, "partial_rotary_factor": 0.5}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}),
+    "llama": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES |= {
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**MOE, "num_experts": 6, "shared_expert_intermediate_size": 96},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**MOE, "num_experts": 4, "norm_topk_prob": True, "head_dim": 32},
+    ),
+}
+# the keys of a Llama that others do not have
+OTHER = dict.fromkeys(
+    ["intermediate_size", "num_key_value_heads", "rms_norm_eps", "hidden_act"]
+)
+REFUSED = {
+    "qwen2": ("Qwen2ForCausalLM", {"max_window_layers": 1, "sliding_window": 8}),
+    "mistral": ("MistralForCausalLM", {}),
+    "opt": ("OPTForCausalLM", {**OTHER, "ffn_dim": 128}),
+}
+
+
+def write_model(folder: Path, model_type: str, **changes: Any):
+    """A float model in GGUF without its config, and the model."""
+    name, more = {**FAMILIES, **REFUSED}[model_type]
+    # GGUF's numbers are float32
+    about = {"architectures": [name], "model_type": model_type, "rms_norm_eps": 2**-17}
+    lm = jaxq.load_model(write_tiny(folder / "hf", **{**about, **more, **changes}))
+    config = json.loads(lm.files["config.json"])
+    out = folder / "gguf"
+    out.mkdir()
+    sink = GGUFSink(out, config, 8)
+    for tensor, slot in find_family(config).slots(lm.config).items():
+        value = functools.reduce(lambda tree, key: tree[key], slot.path, lm.params)
+        value = value if slot.place is None else value[slot.place]
+        sink.floating(tensor, np.asarray(value.T if slot.transposed else value), False)
+    sink.close(config)
+    (out / "config.json").unlink()
+    return lm, out / "model.gguf"
+
+
+def read_raw(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings of a file, and type, shape and bytes of every tensor."""
+    file, data = read_file(path), path.read_bytes()
+    return dict(file.values), {
+        name: (t.type, t.shape, data[t.start : t.start + t.nbytes])
+        for name, t in file.tensors.items()
+    }
+
+
+def rewrite(path: Path, values: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    """Write such a file anew; a setting or a tensor that is None is left out."""
+    path.unlink()
+    write_gguf(
+        path,
+        {key: value for key, value in values.items() if value is not None},
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+    )
+    return path
