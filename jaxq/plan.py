@@ -39,6 +39,9 @@ class PlanRow:
         bytes_before: its bytes now.
         bytes_after: its bytes afterwards.
         reason: why it stays float, or a remark.
+        window: of a convolution, the contracted axes that are positions in its window.
+        groups: of a convolution, the number of groups its features fall into.
+        rounds: why it is rounded to nearest whatever its rule says, or empty.
     """
 
     path: str
@@ -51,6 +54,9 @@ class PlanRow:
     bytes_before: int
     bytes_after: int
     reason: str = ""
+    window: tuple[int, ...] = ()
+    groups: int = 1
+    rounds: str = ""
 
     @property
     def spec(self) -> QuantSpec | None:
@@ -243,25 +249,43 @@ def _row(path: str, leaf: Any, recipe: Recipe, uses: Sequence[Use], fn: Any) -> 
         return stays(f"rule {rule.match!r} keeps it float")
     first = next((use for use in products if use.op != "gather"), products[0])
     contracting, stacked = first.contracting or (), first.stacked
-    after = _abstract(path, leaf, rule, contracting, stacked)
+    rounds = _rounds(first, rule)
+    applied = dataclasses.replace(rule, transforms=()) if rounds else rule
+    after = _abstract(path, leaf, applied, first)
     remark = _remark(first, mine, leaf, after)
-    return row(rule, contracting, stacked, size, after.nbytes, remark)
+    if rounds:
+        remark = "; ".join(filter(None, (remark, f"rounded to nearest: {rounds}")))
+    kind = (first.window, first.groups, rounds)
+    return row(rule, contracting, stacked, size, after.nbytes, remark, *kind)
 
 
-def _abstract(
-    path: str,
-    leaf: Any,
-    rule: Rule,
-    contracting: tuple[int, ...],
-    stacked: tuple[int, ...],
-) -> QTensor:
+def _rounds(use: Use, rule: Rule) -> str:
+    """Say why a convolution cannot be solved from data as its rule says, if so."""
+    spec = rule.weight
+    if use.op != "conv_general_dilated" or spec is None or not rule.needs_data:
+        return ""
+    for name, _ in rule.transforms:
+        if TRANSFORMS[name].kind == "split":
+            return f"{name!r} repeats the rows of a matrix, and this is a convolution"
+        if use.groups > 1:
+            return f"{name!r} scales channels, and its {use.groups} groups share none"
+    plain = isinstance(spec.block, int) or spec.block == "channel"
+    if use.groups > 1 and not (plain and isinstance(spec.scale, str)):
+        return (
+            f"its {use.groups} feature groups are weights of their own, and "
+            f"{spec.describe()} spans them"
+        )
+    return ""
+
+
+def _abstract(path: str, leaf: Any, rule: Rule, use: Use) -> QTensor:
     """Return what the rule makes of a parameter, without its values.
 
     Raises:
         ValueError: naming the parameter, when the rule's solver refuses it.
     """
     try:
-        q = _abstractly_solved(leaf, rule, contracting, stacked)
+        q = _abstractly_solved(leaf, rule, use)
     except UnknownNameError:
         raise
     except ValueError as error:
@@ -271,7 +295,7 @@ def _abstract(
         ) from error
     if not rule.static:
         return q
-    ones = [n if i in stacked else 1 for i, n in enumerate(leaf.shape)]
+    ones = [n if i in use.stacked else 1 for i, n in enumerate(leaf.shape)]
     scale: Any = jax.ShapeDtypeStruct(tuple(ones), jnp.float32)
     zero: Any = None
     if rule.activation is not None and not rule.activation.symmetric:
@@ -279,10 +303,9 @@ def _abstract(
     return dataclasses.replace(q, activation_scale=scale, activation_zero=zero)
 
 
-def _abstractly_solved(
-    leaf: Any, rule: Rule, contracting: tuple[int, ...], stacked: tuple[int, ...]
-) -> QTensor:
+def _abstractly_solved(leaf: Any, rule: Rule, use: Use) -> QTensor:
     """Return what transforms and solver make of a weight and of any statistics."""
+    contracting, stacked = use.contracting or (), use.stacked
     if rule.weight is None:
         raise ValueError(f"rule {rule.match!r} leaves weights float")
     shape, extra = list(leaf.shape), {}
@@ -296,7 +319,7 @@ def _abstractly_solved(
             extra["rows"] = shape[contracting[0]]
             extra["input_index"] = jax.ShapeDtypeStruct((*index.shape, 1), jnp.int32)
             shape[contracting[0]] = rows.shape[-2]
-    kept = (*contracting, *stacked)
+    kept = {*contracting, *stacked} - set(use.window)
     if any(TRANSFORMS[name].kind == "scale" for name, _ in rule.transforms):
         along = [n if i in kept else 1 for i, n in enumerate(shape)]
         extra["input_scale"] = jax.ShapeDtypeStruct(tuple(along), jnp.float32)

@@ -69,14 +69,14 @@ def conv_general_dilated(replay: "Replay", eqn: Any, values: list[Any]) -> jax.A
     x, leaf = values
     if not is_leaf(leaf):
         return replay.float_equation(eqn, values)
-    out_channel, *summed = eqn.params["dimension_numbers"].rhs_spec
-    del out_channel
+    _, *summed = eqn.params["dimension_numbers"].rhs_spec
     contracting = tuple(sorted(summed))
     if isinstance(leaf, QTensor):
         y, choice = ops.conv_general_dilated(x, leaf, **eqn.params)
         replay.product(leaf, "conv_general_dilated", contracting, x, choice)
         return y
-    replay.product(leaf, "conv_general_dilated", contracting, x)
+    more = (summed[1:], eqn.params["feature_group_count"])
+    replay.product(leaf, "conv_general_dilated", contracting, x, convolution=more)
     return replay.float_equation(eqn, values)
 
 

@@ -115,6 +115,8 @@ class Replay:
         if isinstance(leaf, Weight):
             labels = VIEW_RULES[name].labels(leaf.axes, eqn, leaf.value.shape)
             view = leaf.view(lambda a: self.float_equation(eqn, [a, *rest]), labels)
+            if name == "rev":
+                return view.turned(eqn.params["dimensions"])
             if not rows:
                 return view
             # the axes taken whole; a start index along one (from vmap) is always 0
@@ -153,16 +155,23 @@ class Replay:
         x: jax.Array | None,
         choice: Choice | None = None,
         batch: Sequence[int] = (),
+        convolution: tuple[Sequence[int], int] = ((), 1),
     ) -> None:
-        """Record a product, and hand its activation to the tap."""
+        """Record a product, and hand its activation to the tap.
+
+        Of a convolution there are also the axes of its window, and its feature groups.
+        """
+        window, groups = convolution
         if isinstance(leaf, Weight):
             path, contracted = leaf.path, leaf.original(contracting)
+            window = leaf.original(window)
             stacked = tuple(sorted({*leaf.stacked, *leaf.original(batch)}))
         else:
             leaf = leaf.stack if isinstance(leaf, Layer) else leaf
             path, contracted, stacked = _name(leaf), tuple(contracting), ()
         shape = None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
-        self.uses.append(Use(path, op, contracted, stacked, shape, choice))
+        more = (shape, choice, tuple(window), groups)
+        self.uses.append(Use(path, op, contracted, stacked, *more))
         if self.tap is not None and x is not None:
             collected = self.tap(path, x)
             if collected is not None:

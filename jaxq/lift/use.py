@@ -22,6 +22,9 @@ class Use:
             enumerate.
         activation: the other operand, or None.
         choice: the kernel that ran (quantized parameters only).
+        window: of a convolution, the contracted axes that are positions in its window;
+            the others are channels.
+        groups: of a convolution, into how many groups its features fall.
     """
 
     path: str
@@ -30,6 +33,8 @@ class Use:
     stacked: tuple[int, ...] = ()
     activation: jax.ShapeDtypeStruct | None = None
     choice: Choice | None = None
+    window: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
     def is_site(self) -> bool:

@@ -15,7 +15,7 @@ Labels = tuple[frozenset[int], ...]
 @functools.partial(
     register_dataclass,
     data_fields=["value"],
-    meta_fields=["path", "labels", "full", "index"],
+    meta_fields=["path", "labels", "full", "index", "flipped"],
 )
 @dataclasses.dataclass(frozen=True)
 class Weight:
@@ -28,6 +28,7 @@ class Weight:
             may be more labels than axes: a scan takes leading axes away.
         full: the parameter's own shape.
         index: which step's slice it is, one number per unrolled scan.
+        flipped: the parameter's axes that it runs through from the end.
     """
 
     value: jax.Array
@@ -35,6 +36,7 @@ class Weight:
     labels: Labels
     full: tuple[int, ...]
     index: tuple[int, ...] = ()
+    flipped: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, value: jax.Array, path: str) -> "Weight":
@@ -61,6 +63,11 @@ class Weight:
     def view(self, apply: Callable[[jax.Array], jax.Array], labels: Labels) -> "Weight":
         """Return the view that ``apply`` makes of the array, with its labels."""
         return dataclasses.replace(self, value=apply(self.value), labels=labels)
+
+    def turned(self, axes: Sequence[int]) -> "Weight":
+        """Return the view, noted to run through some of its axes the other way."""
+        turned = self.flipped.symmetric_difference(self.original(axes))
+        return dataclasses.replace(self, flipped=turned)
 
 
 def reshaped(labels: Labels, old: Sequence[int], new: Sequence[int]) -> Labels:

@@ -44,22 +44,26 @@ def rows_of(x: jax.Array, mask: jax.Array | None = None) -> Rows:
 def observe(
     see: Callable[..., Any], x: jax.Array, mask: jax.Array | None, *more: jax.Array
 ) -> Any:
-    """Return ``see(rows of x, *more)``, replicated when the mesh asks who holds it.
-
-    On a mesh with explicit axes a sum over a sharded axis would have to say how its
-    result is sharded; here the compiler finds out.
-    """
-    x = jnp.asarray(x)
+    """Return ``see(rows of x, *more)``, replicated when the mesh asks who holds it."""
 
     def run(x: jax.Array, mask: jax.Array | None, *more: jax.Array) -> Any:
         return see(rows_of(x, mask), *more)
 
+    return replicated(run, jnp.asarray(x), mask, *more)
+
+
+def replicated(run: Callable[..., Any], x: jax.Array, *more: Any) -> Any:
+    """Return ``run(x, *more)``, replicated when the mesh of ``x`` asks who holds it.
+
+    On a mesh with explicit axes a sum over a sharded axis would have to say how its
+    result is sharded; here the compiler finds out.
+    """
     mesh = jax.typeof(x).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return run(x, mask, *more)
+        return run(x, *more)
     everywhere = NamedSharding(mesh, PartitionSpec())
     on_mesh: Any = jax.sharding.auto_axes(run, out_sharding=everywhere)
-    return on_mesh(x, mask, *more)
+    return on_mesh(x, *more)
 
 
 def width(like: jax.ShapeDtypeStruct) -> int:

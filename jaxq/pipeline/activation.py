@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxq.observers import OBSERVERS
 from jaxq.pipeline.reparametrize import Change
-from jaxq.pipeline.rows import Layout, to_rows
+from jaxq.pipeline.rows import Layout, fold_patches, to_rows
 from jaxq.pipeline.solve import Task
 from jaxq.pipeline.stream import Stream
 from jaxq.qtensor import QTensor
@@ -39,7 +39,8 @@ def static_activation(
     state = None
     for x, mask, sizes in stream.activations(place):
         state = _update(state, x, change, layout, name, mask, sizes)
-    scale, zero = _scale(state, name, rule.activation, layout.stacked)
+    own = layout.stacked and layout.patches is None
+    scale, zero = _scale(state, name, rule.activation, own)
     shape = [n if a in task.stacked else 1 for a, n in enumerate(task.weight.shape)]
 
     def fit(values: jax.Array) -> jax.Array:
@@ -66,6 +67,8 @@ def _update(
 ) -> Any:
     """Add one batch to the observer's state."""
     observer = OBSERVERS[name]()
+    if layout.patches is not None:
+        return _update_patches(state, x, change, layout, name, mask)
     rows, counts = to_rows(x, layout, mask, sizes)
     rows = change.activation(rows.astype(jnp.float32))
     if not layout.stacked:
@@ -81,6 +84,29 @@ def _update(
         state = jax.tree.map(spread, one)
     counts = jnp.ones(rows.shape[:-1], bool) if counts is None else counts
     return jax.vmap(observer.update)(state, rows, counts)
+
+
+def _update_patches(
+    state: Any,
+    x: jax.Array,
+    change: Change,
+    layout: Layout,
+    name: str,
+    mask: jax.Array | None,
+) -> Any:
+    """Add the patches of one batch: one range for all feature groups."""
+    observer = OBSERVERS[name]()
+    width, groups = layout.width(x.shape), math.prod(layout.stack(x.shape))
+    if state is None:
+        state = observer.init(jax.ShapeDtypeStruct((1, width), jnp.float32))
+
+    def add(state: Any, counts: jax.Array | None, rows: jax.Array) -> Any:
+        rows = change.activation(rows.astype(jnp.float32)).reshape(-1, width)
+        return observer.update(
+            state, rows, None if counts is None else jnp.tile(counts, groups)
+        )
+
+    return fold_patches(layout, add, state, [x], mask)
 
 
 @functools.partial(jax.jit, static_argnames=("name", "spec", "stacked"))

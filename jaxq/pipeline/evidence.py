@@ -13,7 +13,8 @@ class Evidence:
     Attributes:
         path: the parameter's path; a scanned parameter has one entry per step.
         method: transforms and solver, as the recipe names them.
-        tokens: how many tokens reached it; for experts the sum.
+        tokens: how many tokens reached it; for experts the sum, for a convolution the
+            patches.
         loss: ``tr(Δ H Δᵀ) / (tokens · outputs)``, the mean squared error of its
             product, against the float weight.
         rtn_loss: the same of its own round to nearest (the spec's full range).

@@ -138,12 +138,14 @@ def _outcome(
     q = change.undo(q, task)
     q = static_activation(q, task, change, stream, place)
     loss, near = losses(task, q, statistics)
-    experts = tuple(int(n) for n in jnp.ravel(statistics.tokens)) if task.stack else ()
+    # feature groups of a convolution see as many patches each
+    each = jnp.ravel(statistics.tokens) if task.stacked else ()
+    experts = tuple(int(n) for n in each)
     idle = [i for i, n in enumerate(experts) if n == 0]
     if idle and fallback is None:
         fallback = _idle(idle)
     damping = solved.info.get("damping")
-    tokens = int(jnp.sum(seen.tokens))
+    tokens = int(jnp.sum(seen.tokens)) // task.groups
     evidence = Evidence(
         str(task.key),
         task.rule.method,
@@ -176,7 +178,9 @@ def _why(task: Task, statistics: Any, ok: jax.Array) -> str:
     idle = [i for i in flags if int(jnp.ravel(statistics.tokens)[i]) == 0]
     if idle == flags:
         return _idle(idle)
-    return f"experts {flags} rounded to nearest: their Gram matrix {what}"
+    kind = "experts" if task.stacked else "feature groups"
+    shown = ", ".join(map(str, flags[:8])) + (", ..." if len(flags) > 8 else "")
+    return f"{kind} {shown} rounded to nearest: their Gram matrix {what}"
 
 
 def _idle(experts: Sequence[int]) -> str:

@@ -36,9 +36,10 @@ def solve_in_one_shot(
     of loops. What is never multiplied, or where no tap reaches, is rounded to nearest.
     """
     todo = [path for path in store.skipped if path not in store.done]
+    seen_of = {path for path in todo if not store.rows[path].rounds}
     if not todo or fn is None:
         return []
-    seen = _observe(fn, jax.tree.map(read_leaf, params), batches, set(todo))
+    seen = _observe(fn, jax.tree.map(read_leaf, params), batches, seen_of)
     out = []
     for path in todo:
         start = time.perf_counter()
@@ -119,7 +120,7 @@ def _solve(task: Task, seen: Seen | None, why: str) -> tuple[QTensor, Evidence]:
     loss, near = losses(task, q, statistics)
     ok = bool(jnp.all(solved.info.get("ok", jnp.asarray(True))))
     damping = solved.info.get("damping")
-    tokens = int(jnp.sum(seen.tokens))
+    tokens = int(jnp.sum(seen.tokens)) // task.groups
     scarce = scarcity(tokens, statistics.gram.shape[-1])
     return q, Evidence(
         name,
@@ -144,7 +145,8 @@ def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
             f"no activation of {str(task.key)!r} was seen during calibration, so it "
             f"has no static scale: use a dynamic activation scale for it"
         )
-    low, high = jnp.min(seen.low, axis=-1), jnp.max(seen.high, axis=-1)
+    own = (-2, -1) if task.groups > 1 else -1
+    low, high = jnp.min(seen.low, axis=own), jnp.max(seen.high, axis=own)
     scale, zero = static_affine(low, high, spec)
     lengths = [n if a in task.stacked else 1 for a, n in enumerate(task.weight.shape)]
 

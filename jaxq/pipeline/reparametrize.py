@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import register_dataclass
 
 from jaxq.lift.program import Key
+from jaxq.pipeline.channels import by_channel, channel_matrix, over_window
 from jaxq.pipeline.solve import Task, searched
 from jaxq.pipeline.statistics import Seen
 from jaxq.qtensor import QTensor
@@ -90,7 +91,10 @@ class Change:
         )
         scale = self.scale
         if scale is not None and self.index is None:
-            q = dataclasses.replace(q, input_scale=task.along_rows(1 / scale))
+            inverse = task.along_rows(1 / scale)
+            for axis in task.window:  # its positions share a channel's scale
+                inverse = inverse[(slice(None),) * axis + (slice(1),)]
+            q = dataclasses.replace(q, input_scale=inverse)
         if self.index is not None:
             inverse = None if scale is None else _taken(1 / scale, self.index)
             q = dataclasses.replace(
@@ -141,9 +145,11 @@ def _scale(
             f"weight: put it first in chain(...)"
         )
     statistics = change.statistics(first.fitted(seen.statistics()))
+    statistics = by_channel(statistics, first)
     arguments = [getattr(statistics, name) for name in row.needs]
-    weights = [changes[t.key].task(t).matrix() for t in tasks]
+    weights = [channel_matrix(changes[t.key].task(t)) for t in tasks]
     candidates = row.candidates(weights, *arguments, first.group, **options)
+    candidates = over_window(candidates, first)
     if len(candidates) == 1:
         return candidates[0]
 

@@ -1,12 +1,15 @@
 """Activations as rows of contracted elements, the way statistics want them."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxq.lift.product import Product
+from jaxq.observers.rows import replicated
+from jaxq.ops import Patches
 
 
 class Layout(NamedTuple):
@@ -16,21 +19,38 @@ class Layout(NamedTuple):
         summed: the contracted axes, in the order of the weight's.
         batch: the axes that go with stacked weights, in the order of the weight's.
         groups: the number of experts whose rows follow each other (``ragged_dot``).
+        patches: how rows come of the activation of a convolution, or None.
     """
 
     summed: tuple[int, ...]
     batch: tuple[int, ...]
     groups: int
+    patches: Patches | None = None
 
     @classmethod
     def of(cls, product: Product) -> "Layout":
         """Return the layout of a product's activation."""
-        return cls(product.summed, product.batch, product.groups)
+        return cls(product.summed, product.batch, product.groups, product.patches)
 
     @property
     def stacked(self) -> bool:
         """Whether every weight of a stack has rows of its own."""
-        return bool(self.batch) or self.groups > 0
+        groups = 1 if self.patches is None else self.patches.groups
+        return bool(self.batch) or self.groups > 0 or groups > 1
+
+    def width(self, shape: Sequence[int]) -> int:
+        """Return how many elements a row has, for an activation of a shape."""
+        if self.patches is not None:
+            return self.patches.width(shape)
+        return math.prod(shape[axis] for axis in self.summed)
+
+    def stack(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return ``(E,)`` where ``E`` weights have rows of their own, else ``()``."""
+        if not self.stacked:
+            return ()
+        if self.patches is not None:
+            return (self.patches.groups,)
+        return (self.groups or math.prod(shape[axis] for axis in self.batch),)
 
 
 def to_rows(
@@ -71,6 +91,56 @@ def to_rows(
         used = jnp.any(rows != 0, axis=-1)
         counts = used if counts is None else used & counts
     return rows, counts
+
+
+def fold_patches(
+    layout: Layout,
+    add: Callable[..., Any],
+    state: Any,
+    arrays: Sequence[jax.Array],
+    mask: jax.Array | None,
+) -> Any:
+    """Return ``add(state, counts, *rows)`` of a convolution's patches, in pieces.
+
+    Args:
+        layout: says which patches.
+        add: from (state, ``bool[rows]`` or None, rows of each array) to the next state;
+            rows are ``[rows, K]``, or ``[G, rows, K]`` of feature groups.
+        state: before them.
+        arrays: activations of one shape.
+        mask: which output positions count: ``bool[batch, *outputs]`` or a part of its
+            leading axes; or which elements of the activation do, by the one in the
+            middle of a patch; another shape is not about this activation.
+    """
+    patches = layout.patches
+    if patches is None:
+        raise ValueError(f"{layout} is no convolution, and has no patches")
+
+    def run(x: jax.Array, state: Any, mask: jax.Array | None, *more: jax.Array) -> Any:
+        counts = _mask_patches(mask, x.shape, patches)
+        return patches.fold(add, state, (x, *more), counts)
+
+    first, *more = arrays
+    return replicated(run, first, state, mask, *more)
+
+
+def _mask_patches(
+    mask: jax.Array | None, shape: Sequence[int], patches: Patches
+) -> jax.Array | None:
+    """Return the mask over output positions, ``bool[batch, *outputs]``."""
+    if mask is None:
+        return None
+    lengths = (shape[patches.axes[0]], *patches.outputs(shape))
+    counts = _mask_rows(mask, lengths)
+    if counts is not None:
+        return counts.reshape(lengths)
+    inputs = tuple(shape[a] for a in (patches.axes[0], *patches.axes[2:]))
+    if mask.shape != inputs[: mask.ndim]:
+        return None
+    for i in range(mask.ndim - 1):
+        mask = jnp.take(mask, patches.middles(shape, i), axis=i + 1, mode="clip")
+    more = (1,) * (len(lengths) - mask.ndim)
+    return jnp.broadcast_to(mask.reshape(*mask.shape, *more), lengths)
 
 
 def _mask_rows(mask: jax.Array | None, lengths: tuple[int, ...]) -> jax.Array | None:

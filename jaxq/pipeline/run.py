@@ -194,6 +194,7 @@ def _prepare(
             )
     wanted = {row.path for row in needy}
     skipped = {path: why for path, why in first.skipped.items() if path in wanted}
+    skipped |= {row.path: row.rounds for row in needy if row.rounds}
     return out, skipped, _lengths(first)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxq.lift.program import Key
+from jaxq.pipeline.feature_groups import FeatureGroups
 from jaxq.plan import PlanRow
 from jaxq.qtensor import QTensor
 from jaxq.quantize import quantize
@@ -29,6 +30,9 @@ class Task:
         contracting: its contracted axes.
         stacked: its axes that enumerate independent weights.
         weight: its float values.
+        window: of a convolution, the contracted axes that are positions in its window.
+        groups: of a convolution, how many groups of features its outputs fall into,
+            each a weight of its own that meets its own channels.
     """
 
     key: Key
@@ -36,6 +40,8 @@ class Task:
     contracting: tuple[int, ...]
     stacked: tuple[int, ...]
     weight: Any
+    window: tuple[int, ...] = ()
+    groups: int = 1
 
     @classmethod
     def of(cls, key: Key, row: PlanRow, weight: Any) -> "Task":
@@ -49,6 +55,8 @@ class Task:
             tuple(a - gone for a in row.contracting),
             tuple(a - gone for a in row.stacked if a >= gone),
             weight,
+            tuple(a - gone for a in row.window),
+            row.groups,
         )
 
     @property
@@ -60,8 +68,9 @@ class Task:
 
     @property
     def stack(self) -> tuple[int, ...]:
-        """The lengths of the stacked axes."""
-        return tuple(self.weight.shape[a] for a in self.stacked)
+        """The lengths of the stacked axes, and the number of feature groups if any."""
+        groups = (self.groups,) if self.groups > 1 else ()
+        return tuple(self.weight.shape[a] for a in self.stacked) + groups
 
     @property
     def width(self) -> int:
@@ -94,7 +103,7 @@ class Task:
     def matrix(self) -> jax.Array:
         """Return the weight as ``float32[*stack, K, N]``."""
         w = jnp.asarray(self.weight, jnp.float32)
-        return as_matrix(w, self.contracting, self.stacked)
+        return as_matrix(w, self.contracting, self.stacked, self.groups)
 
     def along_rows(self, values: jax.Array) -> jax.Array:
         """Return one value per row, ``[*stack, K]``, beside the weight's axes."""
@@ -107,18 +116,26 @@ class Task:
 
 
 def as_matrix(
-    w: jax.Array, contracting: tuple[int, ...], stacked: tuple[int, ...]
+    w: jax.Array,
+    contracting: tuple[int, ...],
+    stacked: tuple[int, ...],
+    groups: int = 1,
 ) -> jax.Array:
-    """Return a weight as ``[*stack, K, N]``."""
+    """Return a weight as ``[*stack, K, N]``; feature groups are the stack's last."""
     free = [a for a in range(w.ndim) if a not in (*stacked, *contracting)]
     stack = [w.shape[a] for a in stacked]
     inner = math.prod(w.shape[a] for a in contracting)
-    return w.transpose((*stacked, *contracting, *free)).reshape(*stack, inner, -1)
+    matrix = w.transpose((*stacked, *contracting, *free)).reshape(*stack, inner, -1)
+    if groups == 1:
+        return matrix
+    return jnp.moveaxis(matrix.reshape(*stack, inner, groups, -1), -2, -3)
 
 
 def solve_task(task: Task, statistics: Statistics | None) -> Solved:
     """Run the rule's solver on the weight, placed on a mesh like the weight."""
     solver, options = task.rule.solver, task.rule.options
+    if task.groups > 1 and statistics is not None:
+        return _solve_groups(task, statistics)
 
     def solve(weight: jax.Array) -> Solved:
         return solve_with(
@@ -130,6 +147,28 @@ def solve_task(task: Task, statistics: Statistics | None) -> Solved:
             contracting=task.contracting,
             stacked=task.stacked,
         )
+
+    return solved_on_mesh(solve, task.weight)
+
+
+def _solve_groups(task: Task, statistics: Statistics) -> Solved:
+    """Run the solver on the feature groups of a convolution as on stacked weights."""
+    groups = FeatureGroups.of(task.contracting, task.stacked, task.weight.shape)
+    seen = jax.tree.map(
+        lambda a: jnp.moveaxis(a, len(task.stacked), groups.place), statistics
+    )
+
+    def solve(weight: jax.Array) -> Solved:
+        solved = solve_with(
+            groups.split(weight, task.groups),
+            seen,
+            spec=task.spec,
+            solver=task.rule.solver,
+            options=task.rule.options,
+            contracting=groups.contracting,
+            stacked=groups.stacked,
+        )
+        return groups.join(solved)
 
     return solved_on_mesh(solve, task.weight)
 
@@ -167,9 +206,8 @@ def losses(
 
     ``tr(Δ H Δᵀ) / (tokens · outputs)``, over all stacked weights.
     """
-    return _losses(
-        task.weight, q, statistics, task.spec, task.contracting, task.stacked
-    )
+    axes = (task.contracting, task.stacked, task.groups)
+    return _losses(task.weight, q, statistics, task.spec, *axes)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -182,7 +220,7 @@ def _rounded(
     return quantize(weight, spec, contracting, stacked=stacked)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _losses(
     weight: jax.Array,
     q: QTensor,
@@ -190,16 +228,17 @@ def _losses(
     spec: QuantSpec,
     contracting: tuple[int, ...],
     stacked: tuple[int, ...],
+    groups: int,
 ) -> tuple[jax.Array, jax.Array]:
     near = quantize(weight, spec, contracting, stacked=stacked)
     inner = math.prod(weight.shape[a] for a in contracting)
-    stack = math.prod(weight.shape[a] for a in stacked)
+    stack = math.prod(weight.shape[a] for a in stacked) * groups
     outputs = weight.size // max(inner * stack, 1)
     count = jnp.sum(statistics.tokens).astype(jnp.float32) * jnp.float32(outputs)
 
     def loss(approximation: QTensor) -> jax.Array:
         error = weight.astype(jnp.float32) - approximation.dequantize(jnp.float32)
-        delta = as_matrix(error, contracting, stacked)
+        delta = as_matrix(error, contracting, stacked, groups)
         moved = jnp.matmul(statistics.gram, delta, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(delta * moved) / jnp.maximum(count, jnp.float32(1))
 

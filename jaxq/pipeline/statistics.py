@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxq.lift.program import Meeting
 from jaxq.observers.gram import cross_gram, gram
 from jaxq.observers.magnitude import magnitude
-from jaxq.pipeline.rows import Layout, to_rows
+from jaxq.pipeline.rows import Layout, fold_patches, to_rows
 from jaxq.pipeline.stream import Stream
 from jaxq.solvers.base import Statistics
 
@@ -88,12 +88,7 @@ def observe(stream: Stream, place: int, floats: Stream | None) -> tuple[Seen, in
 
 def empty(x: jax.Array, layout: Layout, drift: bool) -> Seen:
     """Return the statistics of no data."""
-    width, experts = 1, 1
-    for axis in layout.summed:
-        width *= x.shape[axis]
-    for axis in layout.batch:
-        experts *= x.shape[axis]
-    stack = (layout.groups or experts,) if layout.stacked else ()
+    width, stack = layout.width(x.shape), layout.stack(x.shape)
     like = jax.ShapeDtypeStruct((1, width), jnp.float32)
     spread = functools.partial(jnp.broadcast_to)
 
@@ -118,6 +113,8 @@ def updated(
     reference: jax.Array | None,
 ) -> tuple[Seen, jax.Array]:
     """Add one batch, and say whether it is finite."""
+    if layout.patches is not None:
+        return _with_patches(total, x, layout, mask, reference)
     rows, counts = to_rows(x, layout, mask, sizes)
     ahead = None
     # tokens sorted by expert are in another order in the float model, where some go to
@@ -134,6 +131,32 @@ def updated(
 _update = functools.partial(jax.jit, static_argnames="layout", donate_argnames="total")(
     updated
 )
+
+
+def _with_patches(
+    total: Seen,
+    x: jax.Array,
+    layout: Layout,
+    mask: jax.Array | None,
+    reference: jax.Array | None,
+) -> tuple[Seen, jax.Array]:
+    """Add the patches of one batch; each feature group's to its own statistics."""
+
+    def add(
+        state: tuple[Seen, jax.Array],
+        counts: jax.Array | None,
+        rows: jax.Array,
+        ahead: jax.Array | None = None,
+    ) -> tuple[Seen, jax.Array]:
+        update = _update_one
+        if layout.stacked:
+            some = None if ahead is None else 0
+            update = jax.vmap(_update_one, in_axes=(0, 0, None, some))
+        seen, fine = update(state[0], rows, counts, ahead)
+        return seen, state[1] & jnp.all(fine)
+
+    arrays = [a for a in (x, reference) if a is not None]
+    return fold_patches(layout, add, (total, jnp.asarray(True)), arrays, mask)
 
 
 def _update_one(
