@@ -113,13 +113,15 @@ def compiled(fn: Callable[..., Any], shapes: Sequence[Any], gpu: str = "h200") -
     """Compile ``fn`` for one GPU.
 
     Args:
-        fn: of arrays.
-        shapes: a `jax.ShapeDtypeStruct` per argument.
+        fn: of trees of arrays.
+        shapes: trees of `jax.ShapeDtypeStruct`, one per argument.
         gpu: a key of `GPUS`.
     """
     devices = mesh(gpu)
     sharding = NamedSharding(devices, PartitionSpec())
-    whole = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in shapes]
+    whole = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes
+    )
     return lowered(fn, whole, devices, gpu).compile()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -42,6 +43,8 @@ def product(name: str, rows: int, coding: Coding, *more: Any, **facts: Any) -> C
 
 DECODE = product("w4 g128", FEW, signed(4), 128)
 PREFILL = product("w4 g128", MANY, signed(4), 128)
+FINISHED = product("w4 g128, silu(y + bias)", FEW, signed(4), 128, bias=True,
+                   epilogue="silu")  # fmt: skip
 NORMAL = product("nf4 g64", FEW, NF4, 64)
 W8A8 = product("w8a8", MANY, INT8, activation="int8")
 W4A8 = product("w4a8 g128", FEW, signed(4), 128, activation="int8")
@@ -53,6 +56,7 @@ PLAN: tuple[tuple[Any, tuple[Case, ...], tuple[str, ...]], ...] = (
         weight_only,
         (
             *(dataclasses.replace(DECODE, rows=rows) for rows in (1, 8, 16, 32)),
+            FINISHED,
             product("w4 g128 zeros", FEW, signed(4), 128, True),
             product("w4 g128, one of 4 layers", FEW, signed(4), 128, layers=4),
             product("w4 g64", FEW, signed(4), 64),
@@ -65,9 +69,13 @@ PLAN: tuple[tuple[Any, tuple[Case, ...], tuple[str, ...]], ...] = (
         ),
         ("h200",),
     ),
-    (weight_only_prefill, (PREFILL,), ("h200",)),
+    (
+        weight_only_prefill,
+        (PREFILL, dataclasses.replace(FINISHED, rows=MANY)),
+        ("h200",),
+    ),
     (quantized_activation, (W8A8, W4A8, FP8_FP8), ("h200",)),
-    (triton_weight_only, (DECODE, PREFILL, NORMAL), ("a100", "l4")),
+    (triton_weight_only, (DECODE, FINISHED, PREFILL, NORMAL), ("a100", "l4")),
     (triton_quantized_activation, (W8A8, W4A8), ("a100", "l4")),
     (triton_quantized_activation, (FP8_FP8,), ("l4",)),
 )
@@ -88,12 +96,14 @@ class Estimate:
         per_weight: instructions of a thread per weight of the innermost loop.
         of_memory: how much faster than the memory instructions let weights be used.
         temporary: bytes beyond arguments and results.
+        launches: kernels, this one and XLA's own.
     """
 
     code: Code
     per_weight: float
     of_memory: float
     temporary: int
+    launches: int
 
 
 @functools.cache
@@ -102,12 +112,15 @@ def estimate(module: Any, case: Case, gpu: str, tile: Any = None) -> Estimate:
     p, chip = case.problem, GPUS[gpu]
     tile = module.KERNEL.tile(p, chip.generation) if tile is None else tile
     shapes = {name: a for name, a in _shapes(case).items() if a is not None}
+    options = _options(case)
 
-    def multiply(*arrays: jax.Array) -> jax.Array:
-        given = dict(zip(shapes, arrays, strict=True))
-        return module.run(p, Operands(**given), tile, None)
+    def multiply(arrays: list[jax.Array], vectors: list[jax.Array]) -> jax.Array:
+        given = Operands(**dict(zip(shapes, arrays, strict=True)))
+        more = dict(zip(options, vectors, strict=True))
+        return module.run(p, given, tile, None, **more, epilogue=case.epilogue)
 
-    executable = gpu_compile.compiled(multiply, list(shapes.values()), gpu)
+    arguments = [list(shapes.values()), list(options.values())]
+    executable = gpu_compile.compiled(multiply, arguments, gpu)
     code = gpu_compile.code(executable)
     weights = _weights_per_turn(case, tile, code)
     return Estimate(
@@ -115,6 +128,7 @@ def estimate(module: Any, case: Case, gpu: str, tile: Any = None) -> Estimate:
         code.per_step / weights,
         THREADS / (code.per_step / weights) / _delivered(case, chip),
         executable.memory_analysis().temp_size_in_bytes,
+        len(re.findall(r" (?:fusion|custom-call)\(", executable.as_text())),
     )
 
 
@@ -135,6 +149,16 @@ def _shapes(case: Case) -> dict[str, Any]:
         "x_scale": of((p.rows, 1), jnp.float32) if p.activation else None,
         "layer": of((), jnp.int32) if lead else None,
     }
+
+
+def _options(case: Case) -> dict[str, Any]:
+    """Return the shapes of a case's bias and input scale."""
+    shapes = {}
+    if case.bias:
+        shapes["bias"] = jax.ShapeDtypeStruct((case.columns,), jnp.float32)
+    if case.scaled:
+        shapes["input_scale"] = jax.ShapeDtypeStruct((case.inner,), jnp.float32)
+    return shapes
 
 
 def _weights_per_turn(case: Case, tile: Any, code: Code) -> float:

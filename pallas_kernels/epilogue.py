@@ -1,4 +1,4 @@
-"""What may be done to a finished sum before it is written: bias and activation."""
+"""What may be done to a sum before it is written: bias and activation."""
 
 from collections.abc import Callable
 
@@ -23,3 +23,12 @@ def activation(name: str | None) -> Callable[[jax.Array], jax.Array]:
         known = ", ".join(repr(key) for key in ACTIVATIONS)
         raise ValueError(f"epilogue={name!r} must be one of {known}")
     return ACTIVATIONS[name]
+
+
+def finished(y: jax.Array, bias: jax.Array | None, name: str | None) -> jax.Array:
+    """Return ``f(y + bias)``, in the dtype of ``y``; without a bias ``f(y)``.
+
+    Raises:
+        ValueError: when there is no activation of that name.
+    """
+    return activation(name)(y if bias is None else y + bias)

@@ -1,6 +1,7 @@
 """The products that tests and benchmarks share, and what they should be."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,9 @@ class Case:
         dtype: of the activation.
         activation: what it is rounded to, or None.
         out_dtype: of the result; that of the activation by default.
+        bias: whether there is one.
+        scaled: whether there is an input scale.
+        epilogue: a key of `pallas_kernels.epilogue.ACTIVATIONS`.
     """
 
     name: str
@@ -65,6 +69,9 @@ class Case:
     dtype: str = "bfloat16"
     activation: str | None = None
     out_dtype: str | None = None
+    bias: bool = False
+    scaled: bool = False
+    epilogue: str | None = None
 
     @property
     def problem(self) -> Problem:
@@ -82,6 +89,18 @@ class Case:
             layers=self.layers,
         )
 
+    def options(self, seed: int = 0) -> dict[str, Any]:
+        """Return the options of the kernel's function that the case asks for."""
+        random = np.random.default_rng(seed + 1)
+        bias = random.standard_normal(self.columns).astype(np.float32)
+        scale = random.uniform(0.5, 2, self.inner).astype(np.float32)
+        given = {
+            "bias": jnp.asarray(bias) if self.bias else None,
+            "input_scale": jnp.asarray(scale) if self.scaled else None,
+            "epilogue": self.epilogue,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
     def operands(self, seed: int = 0) -> Operands:
         """Return random arrays."""
         random = np.random.default_rng(seed)
@@ -93,7 +112,8 @@ class Case:
         dtype = np.int8 if low else np.uint8
         zeros = random.integers(low, high + 1, shape).astype(dtype)
         most = {"int8": 127.0, "float8_e4m3fn": 448.0}.get(self.activation or "", 1.0)
-        x_scale = np.max(np.abs(x.astype(np.float32)), 1, keepdims=True) / most
+        scaled = x.astype(np.float32) * self.options(seed).get("input_scale", 1.0)
+        x_scale = np.max(np.abs(scaled), 1, keepdims=True) / most
         return Operands(
             x=jnp.asarray(x),
             codes=self._codes(random, lead),
@@ -114,6 +134,15 @@ class Case:
         return prepack(planar, self.coding)
 
 
+# ends of a product: what tests try with every kernel
+FINISHES: tuple[dict[str, Any], ...] = (
+    {"bias": True},
+    {"epilogue": "relu", "scaled": True},
+    {"epilogue": "silu", "bias": True},
+    {"epilogue": "gelu", "bias": True, "scaled": True},
+)
+
+
 def numbers(codes: jax.Array, coding: Coding, dtype: str) -> jax.Array:
     """Return what relaid codes stand for: float32 ``[..., K, N]``.
 
@@ -131,8 +160,8 @@ def numbers(codes: jax.Array, coding: Coding, dtype: str) -> jax.Array:
     return fields.astype(jnp.float32) + jnp.float32(coding.lowest)
 
 
-def reference(p: Problem, a: Operands) -> jax.Array:
-    """Return the product in float32 and plain jnp."""
+def reference(p: Problem, a: Operands, **options: Any) -> jax.Array:
+    """Return the product in float32 and plain jnp, with its `Case.options`."""
     zeros = None if a.zeros is None else a.zeros.astype(jnp.int32)
     return matmul(
         a.x,
@@ -145,4 +174,5 @@ def reference(p: Problem, a: Operands) -> jax.Array:
         group=p.group,
         x_scale=a.x_scale,
         rounded=p.activation,
+        **options,
     )

@@ -106,6 +106,15 @@ class Mode:
         if self.interpret:
             plgpu.commit_smem()
 
+    def also(self, copies: Any, wait: Callable[[], None]) -> None:
+        """Have the warpgroup that copies wait, too, at the very end.
+
+        The interpreter wants every warpgroup to see what comes through a barrier; one
+        that waited earlier would wait for the others, and hide that they do not.
+        """
+        if self.interpret:
+            pl.when(copies)(wait)
+
     def unpacked(
         self, program: Program, words: Sequence[jax.Array], shape: "Unpacked"
     ) -> list[jax.Array]:

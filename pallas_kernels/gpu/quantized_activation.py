@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.gpu.cases import FP8, INT8, Case, signed, unsigned
+from pallas_kernels.gpu.finish import Finish
 from pallas_kernels.gpu.geometry import Geometry, cannot_cut
 from pallas_kernels.gpu.layout import Block, permuted, words_of
 from pallas_kernels.gpu.mosaic import (
@@ -29,7 +30,7 @@ from pallas_kernels.gpu.mosaic import (
     swizzled,
     wide,
 )
-from pallas_kernels.gpu.rounding import MOST, round_to
+from pallas_kernels.gpu.rounding import MOST, round_to, scaled_input
 from pallas_kernels.gpu.unpack import Bytes
 from pallas_kernels.gpu.weight_only import ANY, Tile
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
@@ -49,10 +50,15 @@ def quantized_activation(
     coding: Coding,
     group: int,
     tile: Tile,
+    bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+    epilogue: str | None = None,
     out_dtype: DTypeLike | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Return ``q(x) @ ((value(codes) − zeros) · scales)``, ``q(x) = t · ⌊x / t⌉``.
+    """Return ``f(q(x · input_scale) @ ((value(codes) − zeros) · scales) + bias)``.
+
+    ``q(x) = t · ⌊x / t⌉``.
 
     Args:
         x: ``[M, K']``, any float dtype, K' ≤ K.
@@ -65,6 +71,9 @@ def quantized_activation(
         coding: what codes stand for.
         group: rows per scale.
         tile: how to cut; K is not split.
+        bias: ``[N]``, or None.
+        input_scale: ``[K']``, or None; XLA scales ``x``, which keeps its dtype.
+        epilogue: a key of `pallas_kernels.epilogue.ACTIVATIONS`.
         out_dtype: of the result; that of ``x`` by default.
         interpret: ``InterpretGPUParams`` to run on a CPU.
 
@@ -78,6 +87,8 @@ def quantized_activation(
     )
     down = (0, g.padded_rows - rows)
     units = jnp.pad(x_scale.astype(jnp.float32)[:, 0], down)
+    finish = Finish(bias is not None, epilogue)
+    x = scaled_input(x, input_scale)
     x = round_to(jnp.pad(x, (down, (0, g.inner - x.shape[1]))), units, rounded)
     element = jnp.dtype(rounded if coding.bits == 8 else "uint8")
     arrays = [
@@ -99,6 +110,7 @@ def quantized_activation(
                 g.columns,
             )
         )
+    arrays += finish.operands(bias, g.columns)
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
     direct = out_dtype != jnp.float32
     size = (g.rows, ROWS) if direct else (ROWS, g.rows)
@@ -107,19 +119,20 @@ def quantized_activation(
         (g.warpgroups, *size), out_dtype, transforms=swizzled(16) if direct else ()
     )
     y = plgpu.kernel(
-        functools.partial(_kernel, g, out_dtype, interpret),
+        functools.partial(_kernel, g, finish, out_dtype, interpret),
         out_type=jax.ShapeDtypeStruct(shape, out_dtype),
         grid=(g.row_tiles, g.column_tiles),
         grid_names=("m", "n"),
         num_threads=g.warpgroups + 1,
         thread_name="wg",
         compiler_params=PARAMS,
-        scratch_types=[
-            buffer,
-            plgpu.SMEM((g.rows,), jnp.float32),
-            plgpu.SMEM((g.tile_columns,), jnp.float32),
-            plgpu.Barrier(num_arrivals=2),
-        ],
+        scratch_types={
+            "buffer": buffer,
+            "row_units": plgpu.SMEM((g.rows,), jnp.float32),
+            "column_scales": plgpu.SMEM((g.tile_columns,), jnp.float32),
+            "loaded": plgpu.Barrier(num_arrivals=2),
+            **finish.scratch(g.tile_columns),
+        },
         interpret=interpret,
     )(*arrays, index)
     return (y if direct else y.T)[:rows, :columns]
@@ -133,6 +146,7 @@ def bytes_of(words: jax.Array, element: Any) -> jax.Array:
 
 def _kernel(
     g: Geometry,
+    finish: Finish,
     dtype: Any,
     interpret: Any,
     x: Any,
@@ -140,9 +154,15 @@ def _kernel(
     scales: Any,
     units: Any,
     *rest: Any,
+    buffer: Any,
+    row_units: Any,
+    column_scales: Any,
+    loaded: Any,
+    kept: Any = None,
 ) -> None:
     """Sum one tile ``[columns, rows]`` of the result over K, and write it."""
-    *zeros, index, out, buffer, row_units, column_scales, loaded = rest
+    *given, index, out = rest
+    zeros, bias = finish.parted(given)
     mode = Mode(interpret)
     layer = index[0]
     wg, n, m = (lax.axis_index(name) for name in ("wg", "n", "m"))
@@ -167,14 +187,19 @@ def _kernel(
         mode.release()
         return carry
 
-    def write(total: jax.Array) -> None:
+    def wait() -> None:
         plgpu.barrier_wait(loaded)
+        finish.wait(kept)
+
+    def write(total: jax.Array) -> None:
+        wait()
         y = total.astype(jnp.float32)
         if single:
             y = y * mode.per_row(column_scales.at[here], y.shape, jnp.float32)
         y = y * mode.per_column(row_units, y.shape, jnp.float32)
         for start in range(0, g.each, ROWS):
-            part = y[start : start + ROWS].astype(dtype)
+            mine = pl.ds(wg * g.each + start, ROWS)
+            part = finish(mode, y[start : start + ROWS], kept, mine).astype(dtype)
             columns = pl.ds(n * g.tile_columns + wg * g.each + start, ROWS)
             mode.write(buffer.at[wg], part, out, rows, columns)
 
@@ -183,8 +208,7 @@ def _kernel(
         columns = pl.ds(n * g.tile_columns, g.tile_columns)
         plgpu.copy_gmem_to_smem(units.at[rows], row_units, loaded)
         plgpu.copy_gmem_to_smem(scales.at[layer, columns], column_scales, loaded)
-        if interpret:  # whose barriers must be seen by everybody
-            plgpu.barrier_wait(loaded)
+        finish.fetch(bias, kept, columns)
 
     whole = mode.accumulated(size, summed, write)
     pipeline(
@@ -197,6 +221,7 @@ def _kernel(
         max_concurrent_steps=g.stages,
         compute_context=whole if single else mode.carried(size, write),
     )(codes, x, scales, *zeros)
+    mode.also(wg == g.warpgroups, wait)
 
 
 def _accumulate(
@@ -299,8 +324,10 @@ CASES = (
 )
 
 
-def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
-    """Run on the operands of a problem."""
+def run(
+    p: Problem, a: Operands, tile: Tile, interpret: Any, **options: Any
+) -> jax.Array:
+    """Run on the operands of a problem, with the function's other options."""
     if a.x_scale is None or p.activation is None:
         raise ValueError(f"{KERNEL.name} rounds the activation, and needs its x_scale")
     return quantized_activation(
@@ -316,6 +343,7 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         tile=tile,
         out_dtype=p.out_dtype,
         interpret=interpret or None,
+        **options,
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,18 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+
+
+class Part(NamedTuple):
+    """An array, and what of it a thread block gets: of columns j, rows i, and split q.
+
+    Attributes:
+        whole: the array; only its shape, for a result.
+        spec: of the part.
+    """
+
+    whole: Any
+    spec: pl.BlockSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,35 +120,42 @@ class Cut:
         return jnp.pad(x, ((0, down), (0, right)))
 
     def call(
-        self, body: Callable[..., None], arrays: list[jax.Array], interpret: bool
+        self,
+        body: Callable[..., None],
+        arrays: list[jax.Array],
+        more: list[Part],
+        out: Part,
+        interpret: bool,
     ) -> jax.Array:
-        """Run a kernel on the activation, ``[..., N, c]``, ``[..., N]`` and an index.
+        """Run a kernel.
 
-        Returns:
-            float32 ``[splits, columns, rows]``.
+        Args:
+            body: of references to ``arrays``, and by name ``more`` and ``out``.
+            arrays: the activation, ``[..., N, c]`` and ``[..., N]``, and an index.
+            more: operands that a tile is finished with, and what of them it gets.
+            out: the result, and what a thread block writes of it.
+            interpret: whether to run on a CPU.
         """
         x, *weights, index = arrays
-        tile = self.tile
+        tile, count = self.tile, len(arrays)
         specs = [pl.BlockSpec((tile.rows, self.inner), lambda j, i, q: (i, 0))]
         for a in weights:
             size = (a.shape[0], tile.columns, *a.shape[2:])
             specs.append(pl.BlockSpec(size, _column_tile(a.ndim)))
         specs.append(pl.BlockSpec((1,), lambda j, i, q: (0,)))
-        out = (tile.splits, self.columns, self.rows)
+        specs += [part.spec for part in more]
         grid = self.columns // tile.columns, self.rows // tile.rows, tile.splits
         return pl.pallas_call(
-            body,
+            lambda *refs: body(*refs[:count], more=refs[count:-1], out=refs[-1]),
             grid=grid,
             in_specs=specs,
-            out_specs=pl.BlockSpec(
-                (None, tile.columns, tile.rows), lambda j, i, q: (q, j, i)
-            ),
-            out_shape=jax.ShapeDtypeStruct(out, jnp.float32),
+            out_specs=out.spec,
+            out_shape=out.whole,
             compiler_params=triton.CompilerParams(
                 num_warps=tile.warps, num_stages=tile.stages
             ),
             interpret=interpret,
-        )(x, *weights, index)
+        )(x, *weights, index, *(part.whole for part in more))
 
 
 def _column_tile(rank: int) -> Callable[..., tuple[Any, ...]]:

@@ -6,6 +6,7 @@ deprecated see `triton_weight_only`.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ from pallas_kernels.gpu.cases import FP8, INT8, Case, signed, unsigned
 from pallas_kernels.gpu.layout import matrix, permuted, words_of
 from pallas_kernels.gpu.mosaic import per_group, wide
 from pallas_kernels.gpu.quantized_activation import BYTES, bytes_of
-from pallas_kernels.gpu.rounding import round_to
+from pallas_kernels.gpu.rounding import round_to, scaled_input
+from pallas_kernels.gpu.triton_finish import Ending, Finish
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
 from pallas_kernels.gpu.triton_weight_only import GENERATIONS
 from pallas_kernels.gpu.unpack import Bytes
@@ -41,10 +43,15 @@ def triton_quantized_activation(
     coding: Coding,
     group: int,
     tile: Tile,
+    bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+    epilogue: str | None = None,
     out_dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return ``q(x) @ ((value(codes) − zeros) · scales)``, ``q(x) = t · ⌊x / t⌉``.
+    """Return ``f(q(x · input_scale) @ ((value(codes) − zeros) · scales) + bias)``.
+
+    ``q(x) = t · ⌊x / t⌉``.
 
     Args:
         x: ``[M, K']``, any float dtype, K' ≤ K.
@@ -57,6 +64,9 @@ def triton_quantized_activation(
         coding: what codes stand for.
         group: rows per scale.
         tile: how to cut.
+        bias: ``[N]``, or None.
+        input_scale: ``[K']``, or None; XLA scales ``x``, which keeps its dtype.
+        epilogue: a key of `pallas_kernels.epilogue.ACTIVATIONS`.
         out_dtype: of the result; that of ``x`` by default.
         interpret: whether to run on a CPU.
 
@@ -66,7 +76,7 @@ def triton_quantized_activation(
     out_dtype = x.dtype if out_dtype is None else out_dtype
     rows, columns = x.shape[0], matrix(codes.shape, coding)[1]
     cut = Cut.of(rows, codes, scales.shape[-2], coding, group, tile)
-    units = x_scale.astype(jnp.float32)[:, 0]
+    x, units = scaled_input(x, input_scale), x_scale.astype(jnp.float32)[:, 0]
     element = jnp.dtype(rounded if coding.bits == 8 else "uint8")
     arrays = [
         permuted(cut.whole(round_to(x, units, rounded)), coding.bits),
@@ -80,21 +90,25 @@ def triton_quantized_activation(
         )
     arrays.append(jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1))
     body = functools.partial(_kernel, cut, Bytes(coding, zeros is not None), interpret)
-    y = jnp.sum(cut.call(body, arrays, interpret), axis=0)[:columns, :rows].T
-    return (y * units[:, None]).astype(out_dtype)
+    finish = Finish(out_dtype, units, bias, epilogue)
+    return finish.run(cut, body, arrays, (1, rows, columns), interpret)
 
 
 def _kernel(
     cut: Cut,
     unpack: Bytes,
     interpret: bool,
+    finish: Ending,
     x: Any,
     codes: Any,
     scales: Any,
     *rest: Any,
+    more: Sequence[Any],
+    out: Any,
 ) -> None:
     """Sum one tile ``[columns, rows]`` of the result over a part of K."""
-    *zeros, index, out = rest
+    *zeros, index = rest
+    size = cut.tile.columns, cut.tile.rows
     layer, first = index[0], pl.program_id(2) * cut.steps
     blocks = cut.inner // cut.block.rows
     fields = 8 // cut.block.bits
@@ -104,7 +118,7 @@ def _kernel(
         block = first + i
         row = cut.scale_of(layer, block, 0)
         word = codes[layer * blocks + block]
-        part = jnp.zeros(out.shape, summed)
+        part = jnp.zeros(size, summed)
         for field in range(fields):
             zero = [jnp.broadcast_to(z[row][:, None], word.shape) for z in zeros]
             left = word if fields == 1 else _field(unpack, interpret, field, word, zero)
@@ -113,7 +127,8 @@ def _kernel(
         scale = scales[row].astype(jnp.float32)[:, None]
         return total + part.astype(jnp.float32) * scale
 
-    out[...] = lax.fori_loop(0, cut.steps, step, jnp.zeros(out.shape, jnp.float32))
+    total = lax.fori_loop(0, cut.steps, step, jnp.zeros(size, jnp.float32))
+    out[...] = finish(total, more)
 
 
 def _field(
@@ -162,8 +177,10 @@ def declines(p: Problem) -> str | None:
     return hopper.declines(p)
 
 
-def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
-    """Run on the operands of a problem."""
+def run(
+    p: Problem, a: Operands, tile: Tile, interpret: Any, **options: Any
+) -> jax.Array:
+    """Run on the operands of a problem, with the function's other options."""
     if a.x_scale is None or p.activation is None:
         raise ValueError(f"{KERNEL.name} rounds the activation, and needs its x_scale")
     return triton_quantized_activation(
@@ -179,6 +196,7 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         tile=tile,
         out_dtype=p.out_dtype,
         interpret=bool(interpret),
+        **options,
     )
 
 

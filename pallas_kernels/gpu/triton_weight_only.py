@@ -4,6 +4,9 @@ The layout and the unpacking are Hopper's (`weight_only`); Triton copies through
 pipeline and chooses its own tensor core instructions. JAX has deprecated this backend
 since 0.11, and still ships it in 0.12; its successor for these GPUs, `plgpu.mma` of
 Mosaic GPU, does not exist before 0.11.
+
+Where one thread block sums all of K, it finishes the result; else XLA does (float32
+activations are two or three products, and a split K is as many parts).
 """
 
 import functools
@@ -20,7 +23,8 @@ from jax.typing import DTypeLike
 from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed, unsigned
 from pallas_kernels.gpu.layout import WORDS, matrix, words_of
 from pallas_kernels.gpu.mosaic import Unpacked, by_arrays, per_group, wide
-from pallas_kernels.gpu.rounding import rounded_rows, scaled_rows
+from pallas_kernels.gpu.rounding import Rows, scaled_input
+from pallas_kernels.gpu.triton_finish import Ending, Finish
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, split, weight_only_declines
@@ -39,10 +43,13 @@ def triton_weight_only(
     group: int,
     tile: Tile,
     parts: int = 2,
+    bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+    epilogue: str | None = None,
     out_dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Return ``x @ ((value(codes) − zeros) · scales)``.
+    """Return ``f((x · input_scale) @ ((value(codes) − zeros) · scales) + bias)``.
 
     Args:
         x: ``[M, K']``, bfloat16, float16 or float32, K' ≤ K.
@@ -54,6 +61,9 @@ def triton_weight_only(
         group: rows per scale.
         tile: how to cut.
         parts: bfloat16 parts of a float32 activation.
+        bias: ``[N]``, or None.
+        input_scale: ``[K']``, or None; XLA scales ``x``, which keeps its dtype.
+        epilogue: a key of `pallas_kernels.epilogue.ACTIVATIONS`.
         out_dtype: of the result; that of ``x`` by default.
         interpret: whether to run on a CPU.
 
@@ -62,7 +72,7 @@ def triton_weight_only(
     """
     out_dtype = x.dtype if out_dtype is None else out_dtype
     rows, columns = x.shape[0], matrix(codes.shape, coding)[1]
-    x = split(x, parts)
+    x = split(scaled_input(x, input_scale), parts)
     cut = Cut.of(x.shape[0], codes, scales.shape[-2], coding, group, tile)
     arrays = [
         cut.whole(x),
@@ -75,22 +85,27 @@ def triton_weight_only(
         )
     arrays.append(jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1))
     floats = Floats(coding, x.dtype.name, zeros is not None)
-    y = cut.call(functools.partial(_kernel, cut, floats, interpret), arrays, interpret)
-    y = jnp.sum(y, axis=0)[:columns, : x.shape[0]].T
-    return jnp.sum(y.reshape(-1, rows, columns), axis=0).astype(out_dtype)
+    finish = Finish(out_dtype, bias=bias, epilogue=epilogue)
+    body = functools.partial(_kernel, cut, floats, interpret)
+    many = x.shape[0] // max(rows, 1)
+    return finish.run(cut, body, arrays, (many, rows, columns), interpret)
 
 
 def _kernel(
     cut: Cut,
     floats: Floats,
     interpret: bool,
+    finish: Ending,
     x: Any,
     words: Any,
     scales: Any,
     *rest: Any,
+    more: Sequence[Any],
+    out: Any,
 ) -> None:
     """Sum one tile ``[columns, rows]`` of the result over a part of K."""
-    *zeros, index, out = rest
+    *zeros, index = rest
+    size = cut.tile.columns, cut.tile.rows
     layer, first = index[0], pl.program_id(2) * cut.steps
     blocks = cut.inner // cut.block.rows
     planes = cut.run // WORDS
@@ -101,7 +116,7 @@ def _kernel(
         numbers = _numbers(cut, floats, interpret, words, start)
         for run in range(cut.block.rows // cut.run):
             row = cut.scale_of(layer, block, run)
-            part = jnp.zeros(out.shape, jnp.float32)
+            part = jnp.zeros(size, jnp.float32)
             for plane in range(run * planes, (run + 1) * planes):
                 w = numbers[plane]
                 for z in zeros:
@@ -112,7 +127,8 @@ def _kernel(
             total = total + part * scales[row].astype(jnp.float32)[:, None]
         return total
 
-    out[...] = lax.fori_loop(0, cut.steps, step, jnp.zeros(out.shape, jnp.float32))
+    total = lax.fori_loop(0, cut.steps, step, jnp.zeros(size, jnp.float32))
+    out[...] = finish(total, more)
 
 
 def _numbers(
@@ -175,11 +191,13 @@ def declines(p: Problem) -> str | None:
     return weight_only_declines(p)
 
 
-def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
-    """Run on the operands of a problem."""
-    x, units = rounded_rows(p, a)
+def run(
+    p: Problem, a: Operands, tile: Tile, interpret: Any, **options: Any
+) -> jax.Array:
+    """Run on the operands of a problem, with the function's other options."""
+    rows = Rows.of(p, a, **options)
     y = triton_weight_only(
-        x,
+        rows.x,
         a.codes,
         a.scales,
         a.zeros,
@@ -188,10 +206,10 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         group=p.group,
         tile=tile,
         parts=3 if p.precise else 2,
-        out_dtype=p.out_dtype if units is None else jnp.float32,
         interpret=bool(interpret),
+        **rows.options,
     )
-    return scaled_rows(y, units, p)
+    return rows.finished(y)
 
 
 GENERATIONS = ("sm_80", "sm_86", "sm_89")

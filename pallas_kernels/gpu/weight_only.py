@@ -9,7 +9,9 @@ anyway. float32 activations are cut into two bfloat16 parts (three when precise)
 are more rows of the same product.
 
 One warpgroup copies tiles with the TMA engine, through a ring of buffers; the others
-compute. With one way to split K the kernel writes the result itself, in its dtype.
+compute. Where one thread block sums all of K for 16-bit floats, the kernel adds the
+bias, applies the activation and writes the result itself; else XLA does, in one fusion
+with the sum of the parts.
 """
 
 import dataclasses
@@ -23,7 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.epilogue import finished
 from pallas_kernels.gpu.cases import FP4, FP8, INT8, NF4, UINT8, Case, signed, unsigned
+from pallas_kernels.gpu.finish import Finish
 from pallas_kernels.gpu.geometry import Geometry, cannot_cut
 from pallas_kernels.gpu.layout import words_of
 from pallas_kernels.gpu.mosaic import (
@@ -36,7 +40,7 @@ from pallas_kernels.gpu.mosaic import (
     wide,
 )
 from pallas_kernels.gpu.operands import operands
-from pallas_kernels.gpu.rounding import MOST, rounded_rows, scaled_rows
+from pallas_kernels.gpu.rounding import MOST, Rows, scaled_input
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
 
@@ -75,10 +79,13 @@ def weight_only(
     group: int,
     tile: Tile,
     parts: int = 2,
+    bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+    epilogue: str | None = None,
     out_dtype: DTypeLike | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Return ``x @ ((value(codes) − zeros) · scales)``.
+    """Return ``f((x · input_scale) @ ((value(codes) − zeros) · scales) + bias)``.
 
     Args:
         x: ``[M, K']``, bfloat16, float16 or float32, K' ≤ K.
@@ -90,6 +97,9 @@ def weight_only(
         group: rows per scale.
         tile: how to cut.
         parts: bfloat16 parts of a float32 activation.
+        bias: ``[N]``, or None.
+        input_scale: ``[K']``, or None; XLA scales ``x``, which keeps its dtype.
+        epilogue: a key of `pallas_kernels.epilogue.ACTIVATIONS`.
         out_dtype: of the result; that of ``x`` by default.
         interpret: ``InterpretGPUParams`` to run on a CPU.
 
@@ -98,9 +108,10 @@ def weight_only(
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     rows, columns = x.shape[0], codes.shape[-1] // 32
-    x = split(x, parts)
+    x = split(scaled_input(x, input_scale), parts)
     g = Geometry.of(x.shape[0], codes, scales.shape[-2], coding, group, tile, (2, 4))
-    direct = g.splits == 1 and out_dtype == x.dtype and rows == x.shape[0]
+    direct = g.splits == 1 and out_dtype.itemsize == 2 and rows == x.shape[0]
+    finish = Finish(bias is not None, epilogue) if direct else Finish()
     dtype = out_dtype if direct else jnp.dtype(jnp.float32)
     arrays = [
         jnp.pad(x, ((0, g.padded_rows - x.shape[0]), (0, g.inner - x.shape[1]))),
@@ -111,10 +122,10 @@ def weight_only(
         arrays.append(
             wide(per_group(zeros, layer, g.inner, g.group), columns, g.columns)
         )
+    arrays += finish.operands(bias, g.columns)
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
-    body = functools.partial(
-        _kernel, g, Floats(coding, x.dtype.name, zeros is not None), dtype, interpret
-    )
+    floats = Floats(coding, x.dtype.name, zeros is not None)
+    body = functools.partial(_kernel, g, floats, finish, dtype, interpret)
     lead, buffer = ((), (g.rows, ROWS)) if direct else ((g.splits,), (ROWS, g.rows))
     shape = (g.padded_rows, g.columns) if direct else (g.columns, g.padded_rows)
     transforms = swizzled(16) if direct else ()
@@ -126,15 +137,16 @@ def weight_only(
         num_threads=g.warpgroups + 1,
         thread_name="wg",
         compiler_params=PARAMS,
-        scratch_types=[
-            plgpu.SMEM((g.warpgroups, *buffer), dtype, transforms=transforms)
-        ],
+        scratch_types={
+            "buffer": plgpu.SMEM((g.warpgroups, *buffer), dtype, transforms=transforms),
+            **finish.scratch(g.tile_columns),
+        },
         interpret=interpret,
     )(*arrays, index)
     if direct:
         return y[:rows, :columns]
     y = jnp.sum(y, axis=0).T[: x.shape[0], :columns].reshape(-1, rows, columns)
-    return jnp.sum(y, axis=0).astype(out_dtype)
+    return finished(jnp.sum(y, axis=0), bias, epilogue).astype(out_dtype)
 
 
 def split(x: jax.Array, parts: int) -> jax.Array:
@@ -151,15 +163,19 @@ def split(x: jax.Array, parts: int) -> jax.Array:
 def _kernel(
     g: Geometry,
     floats: Floats,
+    finish: Finish,
     dtype: Any,
     interpret: Any,
     x: Any,
     codes: Any,
     scales: Any,
     *rest: Any,
+    buffer: Any,
+    kept: Any = None,
 ) -> None:
     """Sum one tile ``[columns, rows]`` of the result over K, and write it."""
-    *zeros, index, out, buffer = rest
+    *given, index, out = rest
+    zeros, bias = finish.parted(given)
     mode = Mode(interpret)
     layer = index[0]
     wg, n, m, k = (lax.axis_index(name) for name in ("wg", "n", "m", "k"))
@@ -183,7 +199,14 @@ def _kernel(
         columns = pl.ds(n * g.tile_columns + wg * ROWS, ROWS)
         rows = pl.ds(m * g.rows, g.rows)
         target = out if dtype.itemsize == 2 else out.at[k]
-        mode.write(buffer.at[wg], total.astype(dtype), target, rows, columns)
+        finish.wait(kept)
+        y = finish(mode, total, kept, here).astype(dtype)
+        mode.write(buffer.at[wg], y, target, rows, columns)
+
+    @pl.when(wg == g.warpgroups)
+    def _() -> None:
+        columns = pl.ds(n * g.tile_columns, g.tile_columns)
+        finish.fetch(bias, kept, columns)
 
     tile_scales = plgpu.BlockSpec(
         (g.scales, g.tile_columns), lambda i: (g.scales_of(layer, k, i), n)
@@ -208,6 +231,7 @@ def _kernel(
         max_concurrent_steps=g.stages,
         compute_context=mode.carried((ROWS, g.rows), write),
     )(codes, x, scales, *zeros)
+    mode.also(wg == g.warpgroups, lambda: finish.wait(kept))
 
 
 def _accumulate(
@@ -272,11 +296,13 @@ CASES = (
 )
 
 
-def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
-    """Run on the operands of a problem."""
-    x, units = rounded_rows(p, a)
+def run(
+    p: Problem, a: Operands, tile: Tile, interpret: Any, **options: Any
+) -> jax.Array:
+    """Run on the operands of a problem, with the function's other options."""
+    rows = Rows.of(p, a, **options)
     y = weight_only(
-        x,
+        rows.x,
         a.codes,
         a.scales,
         a.zeros,
@@ -285,10 +311,10 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         group=p.group,
         tile=tile,
         parts=3 if p.precise else 2,
-        out_dtype=p.out_dtype if units is None else jnp.float32,
         interpret=interpret or None,
+        **rows.options,
     )
-    return scaled_rows(y, units, p)
+    return rows.finished(y)
 
 
 KERNEL = Kernel("gpu.weight_only", "gpu", ("sm_90",), "gpu", declines, run, TILES)

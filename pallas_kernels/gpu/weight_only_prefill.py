@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.gpu.cases import INT8, NF4, Case, signed, unsigned
+from pallas_kernels.gpu.finish import Finish
 from pallas_kernels.gpu.geometry import Geometry
 from pallas_kernels.gpu.layout import words_of
 from pallas_kernels.gpu.mosaic import (
@@ -30,7 +31,7 @@ from pallas_kernels.gpu.mosaic import (
     wide,
 )
 from pallas_kernels.gpu.operands import operands
-from pallas_kernels.gpu.rounding import rounded_rows, scaled_rows
+from pallas_kernels.gpu.rounding import Rows, scaled_input
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, Tile, weight_only_declines
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
@@ -48,10 +49,13 @@ def weight_only_prefill(
     coding: Coding,
     group: int,
     tile: Tile,
+    bias: jax.Array | None = None,
+    input_scale: jax.Array | None = None,
+    epilogue: str | None = None,
     out_dtype: DTypeLike | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """Return ``x @ ((value(codes) − zeros) · scales)``, the weight rounded like ``x``.
+    """Return `weight_only.weight_only`'s product, the weight rounded like ``x``.
 
     Args:
         x: ``[M, K']``, bfloat16 or float16, K' ≤ K.
@@ -62,6 +66,9 @@ def weight_only_prefill(
         coding: what codes stand for.
         group: rows per scale.
         tile: how to cut; K is not split.
+        bias: ``[N]``, or None.
+        input_scale: ``[K']``, or None; XLA scales ``x``, which keeps its dtype.
+        epilogue: a key of `pallas_kernels.epilogue.ACTIVATIONS`.
         out_dtype: of the result; that of ``x`` by default.
         interpret: ``InterpretGPUParams`` to run on a CPU.
 
@@ -70,7 +77,10 @@ def weight_only_prefill(
     """
     out_dtype = jnp.dtype(x.dtype if out_dtype is None else out_dtype)
     rows, columns = x.shape[0], codes.shape[-1] // 32
-    g = Geometry.of(rows, codes, scales.shape[-2], coding, group, tile, (2, 2))
+    x = scaled_input(x, input_scale)
+    size = out_dtype.itemsize
+    g = Geometry.of(rows, codes, scales.shape[-2], coding, group, tile, (2, size))
+    finish = Finish(bias is not None, epilogue)
     arrays = [
         jnp.pad(x, ((0, g.padded_rows - rows), (0, g.inner - x.shape[1]))),
         words_of(codes, g.columns),
@@ -80,34 +90,48 @@ def weight_only_prefill(
         arrays.append(
             wide(per_group(zeros, layer, g.inner, g.group), columns, g.columns)
         )
+    arrays += finish.operands(bias, g.columns)
     index = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
     floats = Floats(coding, x.dtype.name, zeros is not None)
-    buffer = plgpu.SMEM((g.warpgroups, g.rows, ROWS), x.dtype, transforms=swizzled(16))
+    flip = size == 2  # see `Mode.write`
+    buffer = (g.rows, ROWS) if flip else (ROWS, g.rows)
+    shape = (g.padded_rows, g.columns) if flip else (g.columns, g.padded_rows)
+    transforms = swizzled(16) if flip else ()
     y = plgpu.kernel(
-        functools.partial(_kernel, g, floats, interpret),
-        out_type=jax.ShapeDtypeStruct((g.padded_rows, g.columns), x.dtype),
+        functools.partial(_kernel, g, floats, finish, out_dtype, interpret),
+        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
         grid=(g.row_tiles, g.column_tiles),
         grid_names=("m", "n"),
         num_threads=g.warpgroups + 1,
         thread_name="wg",
         compiler_params=PARAMS,
-        scratch_types=[buffer],
+        scratch_types={
+            "buffer": plgpu.SMEM(
+                (g.warpgroups, *buffer), out_dtype, transforms=transforms
+            ),
+            **finish.scratch(g.tile_columns),
+        },
         interpret=interpret,
     )(*arrays, index)
-    return y[:rows, :columns].astype(out_dtype)
+    return (y if flip else y.T)[:rows, :columns]
 
 
 def _kernel(
     g: Geometry,
     floats: Floats,
+    finish: Finish,
+    dtype: Any,
     interpret: Any,
     x: Any,
     codes: Any,
     scales: Any,
     *rest: Any,
+    buffer: Any,
+    kept: Any = None,
 ) -> None:
     """Sum one tile ``[columns, rows]`` of the result over K, and write it."""
-    *zeros, index, out, buffer = rest
+    *given, index, out = rest
+    zeros, bias = finish.parted(given)
     mode = Mode(interpret)
     layer = index[0]
     wg, n, m = (lax.axis_index(name) for name in ("wg", "n", "m"))
@@ -128,10 +152,17 @@ def _kernel(
         return mode.carry_of(total)
 
     def write(total: jax.Array) -> None:
+        finish.wait(kept)
         for start in range(0, g.each, ROWS):
-            part = total[start : start + ROWS].astype(x.dtype)
+            mine = pl.ds(wg * g.each + start, ROWS)
+            part = finish(mode, total[start : start + ROWS], kept, mine).astype(dtype)
             columns = pl.ds(n * g.tile_columns + wg * g.each + start, ROWS)
             mode.write(buffer.at[wg], part, out, pl.ds(m * g.rows, g.rows), columns)
+
+    @pl.when(wg == g.warpgroups)
+    def _() -> None:
+        columns = pl.ds(n * g.tile_columns, g.tile_columns)
+        finish.fetch(bias, kept, columns)
 
     pipeline(
         step,
@@ -143,6 +174,7 @@ def _kernel(
         max_concurrent_steps=g.stages,
         compute_context=mode.accumulated((g.each, g.rows), jnp.float32, write),
     )(codes, x, scales, *zeros)
+    mode.also(wg == g.warpgroups, lambda: finish.wait(kept))
 
 
 def _specs(g: Geometry, layer: Any, m: Any, n: Any, zeros: int) -> list[Any]:
@@ -191,11 +223,13 @@ CASES = (
 )
 
 
-def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
-    """Run on the operands of a problem."""
-    x, units = rounded_rows(p, a)
+def run(
+    p: Problem, a: Operands, tile: Tile, interpret: Any, **options: Any
+) -> jax.Array:
+    """Run on the operands of a problem, with the function's other options."""
+    rows = Rows.of(p, a, **options)
     y = weight_only_prefill(
-        x,
+        rows.x,
         a.codes,
         a.scales,
         a.zeros,
@@ -203,10 +237,10 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
         coding=p.coding,
         group=p.group,
         tile=tile,
-        out_dtype=p.out_dtype if units is None else jnp.float32,
         interpret=interpret or None,
+        **rows.options,
     )
-    return scaled_rows(y, units, p)
+    return rows.finished(y)
 
 
 KERNEL = Kernel(

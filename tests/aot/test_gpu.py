@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec as P
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the `aot` extra")
 
 from benchmarks import gpu_compile
-from benchmarks.gpu_schedules import DECODE, ROWS, attention_code, estimate
+from benchmarks.gpu_schedules import (
+    DECODE,
+    PREFILL,
+    ROWS,
+    W8A8,
+    attention_code,
+    estimate,
+)
 from pallas_kernels.gpu import (
     embedding,
     quantized_activation,
@@ -22,8 +29,8 @@ from pallas_kernels.gpu import (
     weight_only,
     weight_only_prefill,
 )
+from pallas_kernels.gpu.cases import FINISHES, Case, signed
 from pallas_kernels.gpu.cases import INT8 as EIGHT
-from pallas_kernels.gpu.cases import Case, signed
 from pallas_kernels.kernel import Operands
 
 pytestmark = [
@@ -50,6 +57,14 @@ def test_decode_issues_few_instructions_per_weight(rows):
     assert e.of_memory > 1
 
 
+ENDS = [
+    (weight_only, DECODE, "h200"),
+    (weight_only_prefill, PREFILL, "h200"),
+    (quantized_activation, W8A8, "h200"),
+    (triton_weight_only, DECODE, "a100"),
+    (triton_weight_only, PREFILL, "l4"),
+    (triton_quantized_activation, W8A8, "a100"),
+]
 INT8 = {"activation": "int8"}
 FP8 = {"activation": "float8_e4m3fn"}
 
@@ -69,6 +84,21 @@ FP8 = {"activation": "float8_e4m3fn"}
 def test_rows_that_fill_no_block_and_rounded_activations_compile(module, case, gpu):
     assert module.declines(case.problem) is None
     assert estimate(module, case, gpu).code.spills == 0
+
+
+@pytest.mark.parametrize("finish", FINISHES, ids=str)
+@pytest.mark.parametrize(("module", "case", "gpu"), ENDS)
+def test_a_finished_product_is_one_kernel_without_a_spill(module, case, gpu, finish):
+    plain = estimate(module, case, gpu)
+    finish = {**finish, "scaled": False}  # which is XLA's
+    e = estimate(module, dataclasses.replace(case, **finish), gpu)
+    assert e.code.spills == 0
+    assert e.launches == plain.launches
+    # it is no part of the loop
+    assert e.code.per_step <= 1.05 * plain.code.per_step
+    # (rounding to 16 bits takes the larger of a number and zero along)
+    if finish.get("epilogue") != "relu":
+        assert sum(e.code.whole.values()) > sum(plain.code.whole.values())
 
 
 @pytest.mark.parametrize("tile", [row.tile for row in weight_only.TILES], ids=str)

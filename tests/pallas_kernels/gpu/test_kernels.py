@@ -8,7 +8,6 @@ import pytest
 
 from pallas_kernels.gpu import (
     cases,
-    decode_attention,
     embedding,
     lookup_product,
     quantized_activation,
@@ -51,6 +50,7 @@ def cases_of(modules):
 
 # Half a unit in the last place of what is rounded: the result, or a float32
 # activation's two parts.
+STEEPEST = 1.13  # slope of an epilogue: gelu's
 ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-16}
 
 
@@ -60,32 +60,39 @@ def check(module, case, tile=None, seed=0):
     tile = tile or module.KERNEL.tile(problem, module.KERNEL.generations[-1])
     hopper = module in HOPPER
     interpret = private_jax.gpu_interpreter() if hopper else True
-    y = module.run(problem, operands, tile, interpret)
+    options = case.options(seed)
+    y = module.run(problem, operands, tile, interpret, **options)
     assert not (hopper and private_jax.races_found())
-    compare(module, problem, operands, y)
+    compare(module, problem, operands, y, **options)
 
 
-def compare(module, problem, operands, y):
+def compare(module, problem, operands, y, **options):
     """Hold a result to what rounding can have done."""
     assert y.dtype == problem.out_dtype
-    expected = np.asarray(cases.reference(problem, operands))
+    expected = np.asarray(cases.reference(problem, operands, **options))
     error = np.abs(np.asarray(y, np.float32) - expected)
     # products are exact, and their sums nearly
     unit, most = ULP[problem.out_dtype], np.max(np.abs(expected))
     allowed = unit * np.abs(expected) + 1e-5 * most
     if module is weight_only_prefill:
-        allowed = allowed + rounded_weights(problem, operands, 2 * unit)
+        allowed = allowed + rounded_weights(problem, operands, 2 * unit, options)
+    if options and problem.dtype == "float32":
+        # its two parts are short of a sum that a bias may cancel
+        scale = {"input_scale": options.get("input_scale")}
+        sums = cases.reference(problem, operands, **scale)
+        allowed = allowed + STEEPEST * unit * np.abs(np.asarray(sums))
     assert np.all(error <= allowed), float(np.max(error / allowed))
     # no bound of the worst case hides a mistake: nearly all is rounding of the result
     assert np.median(error) <= 2e-3 * most
 
 
-def rounded_weights(problem, operands, unit):
+def rounded_weights(problem, operands, unit, options):
     """The most that rounding scales and weights to 16 bits can do."""
     eye = np.eye(problem.inner, dtype=np.float32)
     plain = dataclasses.replace(operands, x=jnp.asarray(eye))
     weights = np.abs(np.asarray(cases.reference(problem, plain)))
-    return unit * np.abs(np.asarray(operands.x, np.float32)) @ weights
+    x = np.asarray(operands.x, np.float32) * options.get("input_scale", 1.0)
+    return STEEPEST * unit * np.abs(x) @ weights
 
 
 @pytest.mark.parametrize(("module", "case"), cases_of(HOPPER))
@@ -96,6 +103,57 @@ def test_mosaic_kernel_is_the_reference(module, case):
 @pytest.mark.parametrize(("module", "case"), cases_of(TRITON))
 def test_triton_kernel_is_the_reference(module, case):
     check(module, case)
+
+
+ROUNDED = {"activation": "int8"}
+SMALL = {  # kernel -> a product of several tiles, and the dtypes that it takes
+    weight_only: (Case("", 3, 128, 256, signed(4), 64), ULP),
+    weight_only_prefill: (Case("", 65, 128, 128, signed(4), 64), list(ULP)[:2]),
+    quantized_activation: (Case("", 130, 128, 128, signed(4), **ROUNDED), ULP),
+    triton_weight_only: (Case("", 3, 128, 128, signed(4), 64), ULP),
+    triton_quantized_activation: (Case("", 130, 128, 72, signed(4), **ROUNDED), ULP),
+}
+
+
+# these always run
+BRIEF = {(m, "bfloat16", str(cases.FINISHES[3])) for m in (weight_only, *TRITON)}
+
+
+def finished(module):
+    """Every dtype, and every end of a product."""
+    case, dtypes = SMALL[module]
+    return [
+        dataclasses.replace(case, name=str(more), dtype=dtype, **more)
+        for dtype in dtypes
+        for more in cases.FINISHES
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "case"),
+    [
+        pytest.param(
+            module,
+            case,
+            id=f"{module.KERNEL.name}, {case.dtype}, {case.name}",
+            marks=() if (module, case.dtype, case.name) in BRIEF else pytest.mark.aot,
+        )
+        for module in SMALL
+        for case in finished(module)
+    ],
+)
+def test_bias_input_scale_and_epilogue(module, case):
+    check(module, case)
+
+
+@pytest.mark.parametrize("module", SMALL, ids=lambda m: m.KERNEL.name)
+def test_unknown_epilogues_are_refused(module):
+    case = SMALL[module][0]
+    tile = module.KERNEL.tile(case.problem, module.KERNEL.generations[-1])
+    with pytest.raises(
+        ValueError, match="epilogue='swish' must be one of None, 'relu'"
+    ):
+        module.run(case.problem, case.operands(), tile, None, epilogue="swish")
 
 
 @pytest.mark.aot
@@ -113,47 +171,6 @@ def test_ring_of_any_length(stages, seed):
     """More steps than buffers, other numbers: a race would show."""
     case = Case("ring", 9, 640, 128, signed(4), 128, zeros=True)
     check(weight_only, case, weight_only.Tile(16, 2, 128, stages), seed)
-
-
-@pytest.mark.parametrize("case", decode_attention.CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize(
-    "tile", [decode_attention.Tile(32, 4), decode_attention.Tile()]
-)
-def test_decode_attention_is_the_reference(case, tile):
-    arrays = case.arrays()
-    y = decode_attention.decode_attention(
-        *arrays, bits=case.bits, tile=tile, interpret=True
-    )
-    expected = np.asarray(decode_attention.reference(*arrays, bits=case.bits))
-    assert y.shape == expected.shape
-    # queries and probabilities are rounded to bfloat16
-    error = np.abs(np.asarray(y, np.float32) - expected)
-    assert np.max(error) <= 2.0**-7 * np.max(np.abs(expected))
-
-
-def test_decode_attention_reads_nothing_past_the_length():
-    case = decode_attention.CASES[0]
-    q, keys, values, key_scales, value_scales, _ = case.arrays()
-    lengths = jnp.asarray([37, 130], jnp.int32)
-    inside = (jnp.arange(case.tokens) < lengths[:, None])[:, None]
-    outputs = [
-        decode_attention.decode_attention(
-            *(q, keys, values),
-            jnp.where(inside, key_scales, beyond),
-            jnp.where(inside, value_scales, beyond),
-            lengths,
-            bits=8,
-            tile=decode_attention.Tile(32, 4),
-            interpret=True,
-        )
-        for beyond in (0.0, 1e4)
-    ]
-    np.testing.assert_array_equal(*outputs)
-
-
-def test_decode_attention_refuses_other_codes():
-    with pytest.raises(ValueError, match="bits=3: a cache has codes of 4 or 8 bits"):
-        decode_attention.decode_attention(*decode_attention.CASES[0].arrays(), bits=3)
 
 
 @pytest.mark.parametrize("case", lookup_product.CASES, ids=lambda case: case.name)

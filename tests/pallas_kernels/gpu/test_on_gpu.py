@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.gpu import decode_attention, lookup_product
-from tests.pallas_kernels.gpu.test_kernels import HOPPER, TRITON, compare
+from tests.pallas_kernels.gpu.test_kernels import HOPPER, TRITON, compare, finished
 
 pytestmark = pytest.mark.gpu
 
@@ -19,13 +19,13 @@ def generation():
 def test_kernel_is_the_reference(module):
     if generation() not in module.KERNEL.generations:
         pytest.skip(f"{module.KERNEL.name} is not for {generation()}")
-    for case in module.CASES:
-        problem, operands = case.problem, case.operands()
+    for case in (*module.CASES, *finished(module)):
+        problem, operands, options = case.problem, case.operands(), case.options()
         if module.KERNEL.refuses(problem, generation()):
             continue
         for row in module.KERNEL.tiles:
-            y = module.run(problem, operands, row.tile, None)
-            compare(module, problem, operands, y)
+            y = module.run(problem, operands, row.tile, None, **options)
+            compare(module, problem, operands, y, **options)
 
 
 @pytest.mark.parametrize("tile", decode_attention.TILES, ids=str)
