@@ -126,34 +126,57 @@ def stream(  # noqa: PLR0913  one argument per choice
             place = place + jnp.int32(1)
 
 
-def through_cache(
-    apply: Callable[..., Any], config: Any, cache: str
-) -> Callable[..., Any]:
-    """Return `apply`, compiled, as one that reads a text through a cache of a kind.
+@dataclass(frozen=True)
+class ThroughCache:
+    """`apply` as a function that reads a text through a cache of a kind.
 
     Called without a cache, `apply(params, tokens)` gives the logits that writing the
     text token by token would: what a query attends to has been in the cache. With one
-    it is `apply`.
+    it is `apply`. Two of the same fields are equal, and share what they compiled.
+
+    Attributes:
+        apply: `apply(params, tokens, positions, cache) -> (logits, cache)`.
+        config: of the model: what `empty_cache` reads.
+        cache: a key of `jaxq.kvcache.CACHES`.
 
     Raises:
         ValueError: there is no such cache, or the model's heads cannot be packed so.
     """
-    jax.eval_shape(lambda: empty_cache(config, 1, 1, jnp.float32, cache))
 
-    @jax.jit
-    def read(
+    apply: Callable[..., Any]
+    config: Any
+    cache: str
+
+    def __post_init__(self) -> None:
+        jax.eval_shape(lambda: self.empty_cache(1, 1, jnp.float32))
+
+    def __call__(
+        self,
         params: Any,
         tokens: jax.Array,
         positions: jax.Array | None = None,
         held: Cache | None = None,
     ) -> Any:
-        if held is not None:
-            return apply(params, tokens, positions, held)
-        rows, length = tokens.shape
-        made = empty_cache(config, rows, length, float_dtype(params), cache)
-        return apply(params, tokens, positions, made)[0]
+        """Return logits `[B, T, vocab]`; with a cache, that and the longer cache."""
+        return _read(self, params, tokens, positions, held)
 
-    return read
+    def empty_cache(self, rows: int, tokens: int, dtype: Any) -> Cache:
+        """Return a cache for texts of so many tokens."""
+        return empty_cache(self.config, rows, tokens, dtype, self.cache)
+
+
+@partial(jax.jit, static_argnums=0)
+def _read(
+    through: ThroughCache,
+    params: Any,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    held: Cache | None,
+) -> Any:
+    if held is not None:
+        return through.apply(params, tokens, positions, held)
+    made = through.empty_cache(*tokens.shape, float_dtype(params))
+    return through.apply(params, tokens, positions, made)[0]
 
 
 def pad(prompts: Sequence[Sequence[int]], length: int) -> tuple[jax.Array, jax.Array]:

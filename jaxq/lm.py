@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,12 +76,10 @@ class LM(Model):
             >>> lm = jaxq.load_model("demo").with_cache("int8")  # doctest: +SKIP
             >>> lm.generate("import ")  # doctest: +SKIP
         """
-        from jaxq.generation import through_cache
+        from jaxq.generation import ThroughCache
 
-        if cache == self.cache:
-            return self
-        plain = self.apply if self.cache == FLOAT else quantized(self.forward)
-        apply = plain if cache == FLOAT else through_cache(plain, self.config, cache)
+        plain = self._plain_apply()
+        apply = plain if cache == FLOAT else ThroughCache(plain, self.config, cache)
         return dataclasses.replace(self, apply=apply, cache=cache)
 
     def empty_cache(
@@ -180,7 +178,7 @@ class LM(Model):
         sampling = Sampling(temperature, top_k, top_p, seed)
         start = self._prompt_tokens(prompt)
         steps = stream(
-            self.apply,
+            self._plain_apply(),
             self.params,
             self.config,
             [start],
@@ -199,6 +197,16 @@ class LM(Model):
                 yield text[len(shown) :]
                 shown = text
         yield self.decode(made)[len(shown) :]
+
+    def _plain_apply(self) -> Callable[..., Any]:
+        """Return what reads a text through no cache if none is given.
+
+        All models that `with_cache` made of one share it, and so what it compiled.
+        """
+        from jaxq.generation import ThroughCache
+
+        apply = self.apply
+        return apply.apply if isinstance(apply, ThroughCache) else apply
 
     def _prompt_tokens(self, prompt: str) -> list[int]:
         tokens = self.encode(prompt).tolist()

@@ -1,5 +1,6 @@
 """Whole models through a cache of codes, against floats that were rounded alike."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import jax
@@ -89,6 +90,39 @@ def test_a_cache_of_8_bits_writes_what_floats_write(demo):
     assert demo.generate(PROMPT, 24, cache="int8") == short
     assert demo.with_cache("int8").generate(PROMPT, 24) == short
     assert len(short) > 20
+
+
+def test_the_same_cache_is_never_compiled_twice(demo):
+    """However it is asked for: traces and compilations are counted."""
+    counted = Counter()
+
+    def count(event, seconds, **about):
+        counted[event.rsplit("/", 1)[-1]] += 1
+
+    def ask(lm):
+        tokens = jnp.arange(8)[None]
+        return lm.apply(lm.params, tokens).block_until_ready()
+
+    first = demo.with_cache("int8").generate(PROMPT, 3)
+    logits = ask(demo.with_cache("int8"))
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        again = demo.with_cache("int8")
+        back = demo.with_cache("int4").with_cache("int8")
+        texts = [
+            again.generate(PROMPT, 3),
+            back.generate(PROMPT, 3),
+            demo.generate(PROMPT, 3, cache="int8"),
+            demo.with_cache("int4").generate(PROMPT, 3, cache="int8"),
+        ]
+        np.testing.assert_array_equal(ask(back), logits)
+        assert again.with_cache("float").apply is demo.apply
+        assert not {k: n for k, n in counted.items() if "compile" in k}
+        jax.jit(lambda x: x + 1)(jnp.arange(3))
+        assert counted["backend_compile_duration"] > 0  # it counts
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert set(texts) == {first}
 
 
 def test_what_a_cache_costs_is_measured_through_it(demo):
