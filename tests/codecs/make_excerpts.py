@@ -3,7 +3,8 @@
 Takes folders `format/variant` that hold a checkpoint in `model/` as a real library
 wrote it, and in `ref/dequant_sha256.json` the digest of every weight as that library
 dequantizes it. An excerpt is one safetensors file with the tensors of some layers, as
-they were, and beside it as JSON the quantization config and the digests.
+they were, and beside it as JSON the quantization config and the digests. Where the
+library quantizes activations, an ``.npz`` has what it made of those of one layer.
 """
 
 import json
@@ -106,14 +107,21 @@ def cut(name: str, model: Path, digests: dict[str, dict[str, object]]) -> None:
     source = checkpoint.source
     if not isinstance(source, SafetensorsSource) or checkpoint.reader is None:
         return
+    manifest = json.loads((model.parent / "manifest.json").read_text())
     modules = CHOSEN.get(name, USUAL)
+    observed = manifest.get("activation_quant_module")
+    if observed and observed not in modules:
+        modules = (*modules, observed)
     parts = [p for module in modules for p in checkpoint.reader.parts(module)]
     tensors = {p: (source.entry(p)[0], np.asarray(source.read(p))) for p in parts}
     kept = {f"{module}.weight" for module in modules}
     metadata = {k: v for k, v in source.metadata.items() if k in kept}
-    manifest = json.loads((model.parent / "manifest.json").read_text())
     stem = DATA / name.replace("/", "-")
     write_raw(stem.with_suffix(".safetensors"), tensors, metadata)
+    if observed:
+        met = load_file(model.parent / "ref" / "io.safetensors")
+        values = {key: met[f"act_{key}"] for key in ("x", "xq")}
+        np.savez(stem.with_suffix(".npz"), module=observed, **values)
     weights = {n: digests[n] for n in sorted(kept)}
     _describe(stem, manifest, find_config(model, config), weights)
 

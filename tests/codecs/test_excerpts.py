@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxq.codecs.base import Dense
 from jaxq.codecs.unpacked import Unpacked
+from jaxq.ops.activation import quantized_input, static_or_dynamic
 from tests.codecs.excerpts import DATA, DTYPES, NAMES, digest, load
 
 # What no `QTensor` expresses, and the reason that is given.
@@ -26,6 +29,7 @@ SOME = (
     "bitsandbytes-nf4_double_storage_bf16",
     "fp8_block-deepseek_layout_partial_blocks",
 )
+OBSERVED = sorted(path.stem for path in DATA.glob("*.npz"))
 every = pytest.mark.parametrize("name", NAMES)
 
 
@@ -70,6 +74,35 @@ def test_dequantized_weights_are_the_librarys(name):
             )
         else:
             assert digest(values) == expected["sha256"]
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_activations_are_rounded_as_the_library_does(name):
+    """To the bit: int8 and fp8, static or not, in groups, and nvfp4."""
+    stored = np.load(DATA / f"{name}.npz")
+    excerpt, weight = load(name), f"{stored['module']}.weight"
+    found = _read(excerpt, weight)
+    assert isinstance(found, Unpacked)
+    w = dataclasses.replace(found, dtype=np.dtype("float32")).tensor()
+    assert w.activation is not None
+    read = jax.jit(quantized_input)(stored["x"], w)
+    np.testing.assert_array_equal(read, stored["xq"])
+    assert (stored["xq"] != stored["x"]).any()
+
+
+def test_modelopts_input_scale_multiplies_the_scales_of_blocks():
+    """A block as large as was calibrated gets the largest float8 scale."""
+    excerpt = load("modelopt-nvfp4")
+    weight = min(excerpt.weights)
+    scale = float(excerpt.source.read(weight.replace("weight", "input_scale")))
+    w = _read(excerpt, weight).tensor()
+    x = np.zeros((1, w.shape[0]), np.float32)
+    x[0, :2] = scale * 448 * 6 * np.asarray([1, -0.3])
+    read = static_or_dynamic(jnp.asarray(x), w, w.activation)
+    scales = np.asarray(read.scale_values())
+    np.testing.assert_allclose(scales[0, 0], 448 * scale, rtol=1e-6)
+    want = scale * 448 * np.asarray([6, -2])  # -1.8 lies nearest to -2
+    np.testing.assert_allclose(read.dequantize()[0, :2], want, rtol=1e-6)
 
 
 def _hqq(excerpt, weight, found):
