@@ -48,10 +48,13 @@ ROTATE = 600_000_000  # bytes of copies: ten times the largest cache
 DECODE_LAYERS = ((4096, 14336), (8192, 8192), (8192, 28672), (4096, 4096))
 DECODE_ROWS = (1, 8, 16, 32)
 PREFILL = ((2048, 8192, 8192), (8192, 4096, 14336))
-MODULES = {
-    "sm_90": (quantized_activation, weight_only_prefill, weight_only),
-    "older": (triton_quantized_activation, triton_weight_only),
-}
+MODULES = (
+    quantized_activation,
+    weight_only_prefill,
+    weight_only,
+    triton_quantized_activation,
+    triton_weight_only,
+)
 
 
 @dataclasses.dataclass
@@ -87,7 +90,7 @@ class Run:
 
     def modules(self) -> Sequence[Any]:
         """The kernels for this GPU, in order of preference."""
-        return MODULES["sm_90" if self.generation == "sm_90" else "older"]
+        return [m for m in MODULES if self.generation in m.KERNEL.generations]
 
     def module_for(self, p: Problem) -> Any | None:
         """The first kernel here that takes a problem, or None."""

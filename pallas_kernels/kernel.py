@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.target import GENERATIONS
+
 
 @dataclasses.dataclass(frozen=True)
 class Coding:
@@ -122,13 +124,12 @@ class Kernel:
     Attributes:
         name: ``"tpu.weight_only_decode"``; shown by `jaxq.explain`.
         backend: ``"tpu"`` or ``"gpu"``.
-        generations: the chips it is for: ``("v5e", ...)`` or ``("sm_90", ...)``.
+        generations: the chips it is for: `pallas_kernels.target.generations`.
         layout: the name of the `Layout` its codes must have.
         declines: the reason it does not take a problem, or None.
         run: ``run(problem, operands, tile, interpret)``, the product ``[M, N]``;
             ``interpret`` is what `jax.experimental.pallas.pallas_call` takes.
         tiles: the tiles to choose from; the autotuner tries them all.
-        fp8: the generations that multiply fp8 by fp8; all of them by default.
     """
 
     name: str
@@ -138,15 +139,13 @@ class Kernel:
     declines: Callable[[Problem], str | None]
     run: Callable[[Problem, Operands, Any, Any], jax.Array]
     tiles: tuple[TileRow, ...]
-    fp8: tuple[str, ...] | None = None
 
     def refuses(self, problem: Problem, generation: str) -> str | None:
         """Return why the kernel does not take a problem on a chip, or None."""
         if generation not in self.generations:
             return f"not for {generation}"
-        fp8 = self.generations if self.fp8 is None else self.fp8
         rounds = (problem.activation or "").startswith("float8")
-        if rounds and generation not in fp8:
+        if rounds and not GENERATIONS[generation].fp8:
             return f"{generation} does not multiply fp8 by fp8"
         return self.declines(problem)
 

@@ -5,17 +5,44 @@ from typing import Any
 
 import jax
 
-# what a device calls itself -> the name the tables use
-KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "v7x",
-    "TPU v7x": "v7x",
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What kernels need to know of a generation of chips.
+
+    Attributes:
+        backend: ``"gpu"`` or ``"tpu"``.
+        compiler: which of Pallas's compilers its kernels are for.
+        kinds: what its devices call themselves; of a GPU, part of that.
+        fp8: whether it multiplies fp8 by fp8.
+    """
+
+    backend: str
+    compiler: str
+    kinds: tuple[str, ...]
+    fp8: bool = True
+
+
+# Ampere's two come as they do because "A10" is a part of "A100"
+GENERATIONS = {
+    "v5e": Generation("tpu", "mosaic", ("TPU v5 lite", "TPU v5e")),
+    "v5p": Generation("tpu", "mosaic", ("TPU v5", "TPU v5p")),
+    "v6e": Generation("tpu", "mosaic", ("TPU v6 lite", "TPU v6e")),
+    "v7x": Generation("tpu", "mosaic", ("TPU7x", "TPU v7x")),
+    "sm_80": Generation("gpu", "triton", ("A100",), fp8=False),
+    "sm_86": Generation("gpu", "triton", ("A10", "A40", "RTX 30"), fp8=False),
+    "sm_89": Generation("gpu", "triton", ("L4", "RTX 40")),
+    "sm_90": Generation("gpu", "mosaic", ("H100", "H200")),
 }
+
+
+def generations(backend: str, compiler: str | None = None) -> tuple[str, ...]:
+    """Return the generations of a backend that have kernels, of any compiler or one."""
+    return tuple(
+        name
+        for name, chip in GENERATIONS.items()
+        if chip.backend == backend and compiler in (None, chip.compiler)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +75,17 @@ class Target:
 
 
 def generation(backend: str, kind: str, capability: str | None = None) -> str:
-    """Return the generation of a device by its kind, or empty."""
-    if backend == "tpu":
-        return KINDS.get(kind, "")
-    if backend == "gpu":
-        if capability is None:
-            capability = next((cc for name, cc in GPUS.items() if name in kind), "")
-        return f"sm_{capability.replace('.', '')}" if capability else ""
+    """Return the generation of a device by its kind, or empty.
+
+    A GPU that is here tells its compute capability, and need not be in `GENERATIONS`.
+    """
+    if backend == "gpu" and capability is not None:
+        return f"sm_{capability.replace('.', '')}"
+    for name in generations(backend):
+        kinds = GENERATIONS[name].kinds
+        if kind in kinds or (backend == "gpu" and any(k in kind for k in kinds)):
+            return name
     return ""
-
-
-# part of a device's name -> its compute capability, for a mesh of devices not here
-GPUS = {"H100": "9.0", "H200": "9.0", "A100": "8.0", "L4": "8.9", "RTX 40": "8.9"}
 
 
 def _backend(platform: str) -> str:

@@ -9,11 +9,8 @@ import jax.numpy as jnp
 from jaxq.kvcache.quantized import QuantizedLayer
 from jaxq.ops import Choice
 from jaxq.ops.parallel import divided_mesh
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, generations
 from pallas_kernels.xla.cached_attention import cached_attention
-
-TPUS = ("v5e", "v5p", "v6e", "v7x")
-GPUS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +119,7 @@ def _unusual(p: Problem) -> str | None:
 
 
 def _tpu_declines(p: Problem, target: Target) -> str | None:
-    if target.generation not in TPUS:
+    if target.generation not in generations("tpu"):
         return f"not for {target.generation or 'this kind of tpu'}"
     if p.layer.keys.dtype == jnp.uint8:
         return "codes of 4 bits lie in bytes: make the cache for a tpu"
@@ -153,7 +150,7 @@ def _tpu_run(p: Problem, target: Target) -> jax.Array:
 
 
 def _gpu_declines(p: Problem, target: Target) -> str | None:
-    if target.generation not in GPUS:
+    if target.generation not in generations("gpu"):
         return f"not for {target.generation or 'this kind of gpu'}"
     if p.layer.keys.dtype == jnp.int4:
         return "codes are native int4: make the cache for a gpu"

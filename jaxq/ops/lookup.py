@@ -12,12 +12,11 @@ from jaxq.ops.activation import quantized_input
 from jaxq.ops.parallel import divided_mesh
 from jaxq.ops.problem import Kernel, Problem
 from jaxq.relayout import LOOKUP, relayout
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, generations
 from pallas_kernels.xla import binary_lut_dot, binary_tiled_dot
 
 # up to here tables for every row cost less than weights for all of them
 LOOKUP_ROWS = 4
-GPUS = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 
 class Signs(NamedTuple):
@@ -102,7 +101,7 @@ def lookups(target: Target) -> tuple[Kernel, ...]:
         return ()
 
     def declines(p: Problem) -> str | None:
-        if target.generation not in GPUS:
+        if target.generation not in generations("gpu"):
             return f"not for {target.generation or 'this kind of gpu'}"
         if p.w.layout != LOOKUP:
             return f"the codes are in layout {p.w.layout!r}, not {LOOKUP!r}"

@@ -34,6 +34,7 @@ from pallas_kernels.gpu.rounding import MOST, round_to, scaled_input
 from pallas_kernels.gpu.unpack import Bytes
 from pallas_kernels.gpu.weight_only import ANY, Tile
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+from pallas_kernels.target import generations
 
 BYTES = 64  # of a slab, per column
 
@@ -348,5 +349,11 @@ def run(
 
 
 KERNEL = Kernel(
-    "gpu.quantized_activation", "gpu", ("sm_90",), "gpu", declines, run, TILES
+    "gpu.quantized_activation",
+    "gpu",
+    generations("gpu", "mosaic"),
+    "gpu",
+    declines,
+    run,
+    TILES,
 )

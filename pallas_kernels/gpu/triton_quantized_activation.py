@@ -24,11 +24,11 @@ from pallas_kernels.gpu.quantized_activation import BYTES, bytes_of
 from pallas_kernels.gpu.rounding import round_to, scaled_input
 from pallas_kernels.gpu.triton_finish import Ending, Finish
 from pallas_kernels.gpu.triton_grid import Cut, Tile, by_rows
-from pallas_kernels.gpu.triton_weight_only import GENERATIONS
 from pallas_kernels.gpu.unpack import Bytes
 from pallas_kernels.gpu.weight_only import ANY
 from pallas_kernels.gpu.words import Arrays, assemble
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+from pallas_kernels.target import generations
 
 
 def triton_quantized_activation(
@@ -203,10 +203,9 @@ def run(
 KERNEL = Kernel(
     "gpu.triton_quantized_activation",
     "gpu",
-    GENERATIONS,
+    generations("gpu", "triton"),
     "gpu",
     declines,
     run,
     TILES,
-    fp8=("sm_89",),
 )

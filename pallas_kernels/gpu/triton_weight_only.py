@@ -30,6 +30,7 @@ from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, split, weight_only_declines
 from pallas_kernels.gpu.words import assemble
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+from pallas_kernels.target import generations
 
 
 def triton_weight_only(
@@ -212,8 +213,12 @@ def run(
     return rows.finished(y)
 
 
-GENERATIONS = ("sm_80", "sm_86", "sm_89")
-
 KERNEL = Kernel(
-    "gpu.triton_weight_only", "gpu", GENERATIONS, "gpu", declines, run, TILES
+    "gpu.triton_weight_only",
+    "gpu",
+    generations("gpu", "triton"),
+    "gpu",
+    declines,
+    run,
+    TILES,
 )

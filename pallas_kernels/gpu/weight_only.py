@@ -43,6 +43,7 @@ from pallas_kernels.gpu.operands import operands
 from pallas_kernels.gpu.rounding import MOST, Rows, scaled_input
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+from pallas_kernels.target import generations
 
 ANY = 1 << 30
 
@@ -317,4 +318,6 @@ def run(
     return rows.finished(y)
 
 
-KERNEL = Kernel("gpu.weight_only", "gpu", ("sm_90",), "gpu", declines, run, TILES)
+KERNEL = Kernel(
+    "gpu.weight_only", "gpu", generations("gpu", "mosaic"), "gpu", declines, run, TILES
+)

@@ -35,6 +35,7 @@ from pallas_kernels.gpu.rounding import Rows, scaled_input
 from pallas_kernels.gpu.unpack import Floats
 from pallas_kernels.gpu.weight_only import ANY, Tile, weight_only_declines
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
+from pallas_kernels.target import generations
 
 FEW_ROWS = 64  # up to here, scaling partial sums is cheap
 
@@ -244,5 +245,11 @@ def run(
 
 
 KERNEL = Kernel(
-    "gpu.weight_only_prefill", "gpu", ("sm_90",), "gpu", declines, run, TILES
+    "gpu.weight_only_prefill",
+    "gpu",
+    generations("gpu", "mosaic"),
+    "gpu",
+    declines,
+    run,
+    TILES,
 )

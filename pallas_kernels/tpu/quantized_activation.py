@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.epilogue import activation
 from pallas_kernels.kernel import Kernel, Operands, Problem, TileRow
 from pallas_kernels.reference import Case, matmul
+from pallas_kernels.target import generations
 from pallas_kernels.tpu.geometry import Geometry, Tile, stacked
 from pallas_kernels.tpu.layout import declines as layout_declines
 from pallas_kernels.tpu.layout import stored
@@ -301,7 +302,7 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
 KERNEL = Kernel(
     "tpu.quantized_activation",
     "tpu",
-    ("v5e", "v5p", "v6e", "v7x"),
+    generations("tpu"),
     "tpu",
     declines,
     run,

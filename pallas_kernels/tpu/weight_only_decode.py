@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.epilogue import activation
 from pallas_kernels.kernel import Kernel, Operands, Problem, TileRow
 from pallas_kernels.reference import Case, matmul
+from pallas_kernels.target import generations
 from pallas_kernels.tpu.geometry import Geometry, Tile, stacked
 from pallas_kernels.tpu.layout import declines as layout_declines
 from pallas_kernels.tpu.layout import stored
@@ -234,7 +235,7 @@ def shifted_zeros(a: Operands, shift: int) -> jax.Array | None:
 KERNEL = Kernel(
     "tpu.weight_only_decode",
     "tpu",
-    ("v5e", "v5p", "v6e", "v7x"),
+    generations("tpu"),
     "tpu",
     declines,
     run,

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.epilogue import activation
 from pallas_kernels.kernel import Kernel, Operands, Problem, TileRow
 from pallas_kernels.reference import Case, matmul
+from pallas_kernels.target import generations
 from pallas_kernels.tpu import geometry as blocks
 from pallas_kernels.tpu.geometry import Geometry, stacked
 from pallas_kernels.tpu.layout import stored
@@ -217,7 +218,7 @@ def run(p: Problem, a: Operands, tile: Tile, interpret: Any) -> jax.Array:
 KERNEL = Kernel(
     "tpu.weight_only_prefill",
     "tpu",
-    ("v5e", "v5p", "v6e", "v7x"),
+    generations("tpu"),
     "tpu",
     weight_only_declines,
     run,
