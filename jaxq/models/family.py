@@ -55,7 +55,8 @@ class Family:
         prefix: goes before the names of all variables but those `outside`.
         outside: modules whose names have no prefix.
         kind: what it computes, `CAUSAL`, `ENCODER` or `ENCODER_DECODER`.
-        in_out: the checkpoint's matmul weights are `[in, out]`, like the variables.
+        in_out: the checkpoint's matmul weights are `[in, out]`, like the variables, but
+            for those `outside`.
         unused: endings of the names of tensors that may be there and are not read.
     """
 
@@ -129,7 +130,8 @@ class Family:
                 whole = (*path[:-1], str(place), path[-1], "kernel")
                 yield self._name(whole), Slot(path, shape[:0:-1], True, place)
             return
-        transposed = path[-1] == "kernel" and not self.in_out
+        in_out = self.in_out and path[1] not in self.outside  # GPT-2's head is Linear
+        transposed = path[-1] == "kernel" and not in_out
         yield (
             self._name(path),
             Slot(path, shape[::-1] if transposed else shape, transposed),
