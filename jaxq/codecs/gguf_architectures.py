@@ -57,6 +57,50 @@ _QWEN_EXPERTS = {
     "ffn_up_exps": "mlp.experts.{}.up_proj",
     "ffn_down_exps": "mlp.experts.{}.down_proj",
 }
+_GPT2_TOP = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+_GPT2 = {
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_NEOX_TOP = {
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+}
+_WIDE_MLP = {"ffn_up": "mlp.dense_h_to_4h", "ffn_down": "mlp.dense_4h_to_h"}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_NEOX = {
+    **_NORMS,
+    "attn_qkv": "attention.query_key_value",
+    "attn_output": "attention.dense",
+    **_WIDE_MLP,
+}
+_FALCON_TOP = {
+    "token_embd": "transformer.word_embeddings",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
+_BLOOM_TOP = {
+    **_FALCON_TOP,
+    "token_embd_norm": "transformer.word_embeddings_layernorm",
+}
+_FALCON = {
+    "attn_qkv": "self_attention.query_key_value",
+    "attn_output": "self_attention.dense",
+    **_WIDE_MLP,
+}
+_BLOOM = {**_NORMS, **_FALCON}
+_FALCON_7B = {"attn_norm": "input_layernorm", **_FALCON}
+_FALCON_40B = {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn", **_FALCON}
 # GGUF's key -> Hugging Face's
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -73,6 +117,34 @@ KEYS = {
     "rope.freq_base": "rope_theta",
 }
 _WINDOW = {"attention.sliding_window": "sliding_window"}
+_GPT2_KEYS = {
+    "block_count": "n_layer",
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
+_NEOX_KEYS = {
+    **_SIZES,
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "use_parallel_residual": "use_parallel_residual",
+    "rope.freq_base": "rotary_emb_base",
+}
+_BLOOM_KEYS = {
+    "block_count": "n_layer",
+    "context_length": "seq_length",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
+_FALCON_KEYS = {
+    **_SIZES,
+    "feed_forward_length": "ffn_hidden_size",
+    "attention.head_count_kv": "num_kv_heads",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "rope.freq_base": "rope_theta",
+}
 _QWEN_MOE_KEYS = {
     **KEYS,
     "expert_count": "num_experts",
@@ -221,6 +293,68 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         {**KEYS, **_WINDOW},
         norm_offset=1.0,
         widest=62,
+    ),
+    Architecture(
+        "gpt2",
+        "GPT2LMHeadModel",
+        ("gpt2",),
+        _GPT2,
+        _GPT2_KEYS,
+        top=_GPT2_TOP,
+        blocks="transformer.h",
+        written=(),
+        in_out=True,
+    ),
+    Architecture(
+        "gptneox",
+        "GPTNeoXForCausalLM",
+        ("gpt_neox",),
+        _NEOX,
+        _NEOX_KEYS,
+        top=_NEOX_TOP,
+        blocks="gpt_neox.layers",
+        written=("rope.dimension_count",),
+        part="rotary_pct",
+        own_head=True,
+        fused="query_key_value",
+    ),
+    Architecture(
+        "bloom",
+        "BloomForCausalLM",
+        ("bloom",),
+        _BLOOM,
+        _BLOOM_KEYS,
+        top=_BLOOM_TOP,
+        blocks="transformer.h",
+        written=("feed_forward_length", "attention.head_count_kv"),
+        fused="query_key_value",
+    ),
+    Architecture(
+        "falcon",
+        "FalconForCausalLM",
+        ("falcon",),
+        _FALCON_40B,
+        _FALCON_KEYS,
+        sign="attn_norm_2.weight",
+        top=_FALCON_TOP,
+        blocks="transformer.h",
+        written=("rope.dimension_count",),
+        words={"tensor_data_layout": "jploski"},
+        fixed={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+        fused="query_key_value",
+    ),
+    Architecture(
+        "falcon",
+        "FalconForCausalLM",
+        ("falcon",),
+        _FALCON_7B,
+        _FALCON_KEYS,
+        top=_FALCON_TOP,
+        blocks="transformer.h",
+        written=("rope.dimension_count",),
+        words={"tensor_data_layout": "jploski"},
+        fixed={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
+        fused="query_key_value",
     ),
 )
 NAMES = tuple(dict.fromkeys(row.gguf for row in ARCHITECTURES))

@@ -29,7 +29,7 @@ class Part(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether llama.cpp asks for float32, if it is float at all."""
-        return ".ffn_gate_inp" in self.tensor
+        return any(word in self.tensor for word in (".ffn_gate_inp", "position_embd"))
 
 
 def architecture_of(name: object, tensors: Iterable[str], where: str) -> Architecture:

@@ -38,6 +38,7 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "expert_shared_feed_forward_length": (int, attrgetter("shared_size")),
     "attn_logit_softcapping": (float, attrgetter("score_cap")),
     "final_logit_softcapping": (float, attrgetter("logit_cap")),
+    "use_parallel_residual": (bool, attrgetter("parallel")),
     "rope.freq_base": (float, attrgetter("rope.theta")),
     "rope.dimension_count": (int, lambda shape: shape.rope.width(shape.head_dim)),
 }

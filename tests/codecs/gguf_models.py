@@ -33,7 +33,10 @@ FAMILIES = {
 }
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES |= {
-    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}),
+    "mixtral": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e6},
+    ),
     "qwen2_moe": (
         "Qwen2MoeForCausalLM",
         {**MOE, "num_experts": 6, "shared_expert_intermediate_size": 96},
@@ -47,6 +50,39 @@ FAMILIES |= {
 OTHER = dict.fromkeys(
     ["intermediate_size", "num_key_value_heads", "rms_norm_eps", "hidden_act"]
 )
+_LLAMAS = dict.fromkeys(["hidden_size", "num_hidden_layers", "num_attention_heads"])
+_GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 48, "n_inner": 96}
+_EPS = {"layer_norm_epsilon": 2**-17}
+_BLOOM = {
+    "seq_length": 2048,
+    "hidden_size": 64,
+    "n_head": 4,
+    "n_layer": 2,
+    "tie_word_embeddings": True,
+}
+_NEOX = {
+    "intermediate_size": 96,
+    "layer_norm_eps": 2**-17,
+    "rotary_pct": 0.5,
+    "rotary_emb_base": 5000,
+    "use_parallel_residual": False,
+}
+_FALCON = {**_EPS, "num_kv_heads": 2, "tie_word_embeddings": True}
+_TWO_NORMS = {"new_decoder_architecture": True, "ffn_hidden_size": 96}
+_NO_CONTEXT = {"max_position_embeddings": None}
+FAMILIES |= {
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {**OTHER, **_LLAMAS, **_NO_CONTEXT, **_EPS, **_GPT2},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**OTHER, **_NEOX}),
+    "bloom": (
+        "BloomForCausalLM",
+        {**OTHER, **_LLAMAS, **_NO_CONTEXT, **_EPS, **_BLOOM},
+    ),
+    "falcon": ("FalconForCausalLM", {**OTHER, **_FALCON, "multi_query": True}),
+    "falcon, two norms": ("FalconForCausalLM", {**OTHER, **_FALCON, **_TWO_NORMS}),
+}
 REFUSED = {
     "qwen2": ("Qwen2ForCausalLM", {"max_window_layers": 1, "sliding_window": 8}),
     "mistral": ("MistralForCausalLM", {}),
@@ -58,8 +94,14 @@ def write_model(folder: Path, model_type: str, **changes: Any):
     """A float model in GGUF without its config, and the model."""
     name, more = {**FAMILIES, **REFUSED}[model_type]
     # GGUF's numbers are float32
-    about = {"architectures": [name], "model_type": model_type, "rms_norm_eps": 2**-17}
-    lm = jaxq.load_model(write_tiny(folder / "hf", **{**about, **more, **changes}))
+    kind, _, _ = model_type.partition(",")
+    about = {"architectures": [name], "model_type": kind, "rms_norm_eps": 2**-17}
+    hf = write_tiny(folder / "hf", **{**about, **more, **changes})
+    path, other = hf / "config.json", {**OTHER, **_LLAMAS, **_NO_CONTEXT}
+    about = json.loads(path.read_text())
+    kept = {k: v for k, v in about.items() if v is not None or k not in other}
+    path.write_text(json.dumps(kept))
+    lm = jaxq.load_model(hf)
     config = json.loads(lm.files["config.json"])
     out = folder / "gguf"
     out.mkdir()

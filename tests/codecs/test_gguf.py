@@ -1,5 +1,6 @@
 """GGUF: every block type against ggml's C code; damaged files."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -12,8 +13,10 @@ import pytest
 import jaxq
 from jaxq.checkpoints.errors import CheckpointError, CorruptError, UnsupportedError
 from jaxq.codecs.gguf import open_gguf
+from jaxq.codecs.gguf_architectures import ARCHITECTURES
 from jaxq.codecs.gguf_blocks import TYPES
 from jaxq.codecs.gguf_file import read_file
+from jaxq.codecs.gguf_rows import row_order
 from jaxq.codecs.source import fill
 from tests.codecs.excerpts import digest, write_gguf
 from tests.codecs.gguf_models import FAMILIES, write_model
@@ -130,7 +133,8 @@ def test_a_scaled_rope_needs_the_models_own_config(tmp_path):
 def test_a_file_says_all_of_a_model(tmp_path, model_type):
     lm, path = write_model(tmp_path, model_type)
     again = jaxq.load_model(path)
-    assert again.config == lm.config
+    layout = {"grouped": True} if model_type == "falcon" else {}
+    assert again.config == dataclasses.replace(lm.config, **layout)
     found, _ = jax.tree_util.tree_flatten_with_path(again.params)
     for (where, a), b in zip(found, jax.tree.leaves(lm.params), strict=True):
         exact = "norm" not in jax.tree_util.keystr(where)
@@ -194,6 +198,22 @@ def test_norms_of_gemma_are_shifted(tmp_path):
         ("qwen2_moe", {"tie_word_embeddings": True}, "head in every qwen2moe file"),
         ("qwen3_moe", {"norm_topk_prob": False}, "normalized is False.* with True"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"no name for 'model.layers.1.mlp.d"),
+        (
+            "gpt2",
+            {"activation_function": "gelu"},
+            "activation is gelu: .* with gelu_new",
+        ),
+        ("gpt_neox", {"hidden_act": "gelu_fast"}, "activation is gelu_fast"),
+        ("gpt_neox", {"attention_bias": False}, "attention_bias is False"),
+        ("gpt_neox", {"tie_word_embeddings": True}, "head in every gptneox file"),
+        (
+            "bloom",
+            {"apply_residual_connection_post_layernorm": True},
+            "add_to_normed is True",
+        ),
+        ("falcon", {"alibi": True}, "alibi is True"),
+        ("falcon", {"bias": True}, "bias is True"),
+        ("falcon", {"parallel_attn": False}, "no name for.*post_attention_layernorm"),
         ("opt", {}, "written for .*llama.*not for 'opt'"),
     ],
 )
@@ -207,3 +227,30 @@ def test_the_digest_is_of_the_numbers():
     a = np.asarray([0.0, 1.0], np.float32)
     assert digest(a) == digest(-a * np.asarray([1, -1], np.float32))
     assert digest(a) == hashlib.sha256(a.tobytes()).hexdigest()
+
+
+def _row_of(gguf, sign=None):
+    return next(r for r in ARCHITECTURES if (r.gguf, r.sign) == (gguf, sign))
+
+
+def test_rows_of_fused_projections_lie_apart():
+    """Falcon has queries, key and value of each key head together; GGUF does not."""
+    theirs = [(g, part, i) for g in "ab" for part in "qqkv" for i in range(3)]
+    order = row_order(
+        _row_of("falcon"), "transformer.h.0.self_attention.query_key_value", 24, (4, 2)
+    )
+    wanted = [(g, part, i) for part in "qkv" for g in "ab" for i in range(3)]
+    doubled = [row for row in wanted if row[1] == "q"]
+    moved = [theirs[i] for i in order]
+    assert sorted(moved[:12]) == sorted(2 * doubled)
+    assert [g for g, _, _ in moved[:12]] == list("aaaaaabbbbbb")
+    assert moved[12:] == wanted[6:]
+
+
+def test_rotary_halves_of_llama_lie_by_turns():
+    row, name = _row_of("llama"), "model.layers.0.self_attn.k_proj"
+    order = row_order(row, name, 12, (4, 2))
+    assert order.tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert row_order(_row_of("qwen2"), name, 12, (4, 2)) is None
+    with pytest.raises(CheckpointError, match=r"k_proj' has 10 rows.* 2 heads"):
+        row_order(row, name, 10, (4, 2))
