@@ -58,10 +58,16 @@ def attend(
             bias.shape[0], kv_heads, heads // kv_heads, *bias.shape[2:]
         )
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    # The softmax's division comes last, where there is the least to divide.
+    highest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - highest)
     mixed = jnp.einsum(
-        "bkgts,bksd->bkgtd", weights, v, preferred_element_type=jnp.float32
+        "bkgts,bksd->bkgtd",
+        weights.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
     )
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
     mixed = mixed.astype(v.dtype).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(batch, length, heads, width)
 

@@ -92,17 +92,28 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     Returns:
         The rotated heads, in the dtype of `x`; the arithmetic is float32.
     """
-    radians = frequencies_at(rope, x.shape[-1], positions)
-    angles = positions.astype(jnp.float32)[..., None] * radians
-    gain = jnp.float32(rope.amplitude)
-    cos = (jnp.cos(angles) * gain)[:, :, None, :]
-    sin = (jnp.sin(angles) * gain)[:, :, None, :]
     width = rope.width(x.shape[-1])
-    first, second = jnp.split(x[..., :width].astype(jnp.float32), 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin]
-    whole = jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    cos, sin = _tables(rope, x.shape[-1], positions)
+    turning = x[..., :width].astype(jnp.float32)
+    other = jnp.roll(turning, width // 2, axis=-1)
+    whole = (turning * cos[:, :, None] + other * sin[:, :, None]).astype(x.dtype)
     still = x[..., width:]
     return jnp.concatenate([whole, still], axis=-1) if still.shape[-1] else whole
+
+
+def _tables(
+    rope: Rope, head_dim: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return what every element is multiplied by, and the other one of its pair.
+
+    Behind a barrier: XLA would compute the angles anew for each head.
+    """
+    radians = frequencies_at(rope, head_dim, positions)
+    angles = positions.astype(jnp.float32)[..., None] * radians
+    gain = jnp.float32(rope.amplitude)
+    cos, sin = jnp.cos(angles) * gain, jnp.sin(angles) * gain
+    twice = jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1)
+    return jax.lax.optimization_barrier(twice)
 
 
 def _plain(rope: Rope, head_dim: int) -> np.ndarray:
