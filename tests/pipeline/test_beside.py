@@ -68,3 +68,25 @@ def test_what_differs_is_solved_alone(monkeypatch):
     seen_by.clear()
     solve_all(given, dict.fromkeys(given, seen()))
     assert [t.weight.shape[1] for t in seen_by] == [24, 24, 24]
+
+
+def test_wide_weights_are_solved_square_by_square(monkeypatch):
+    monkeypatch.setattr(beside, "LEAST_ROWS", 64)
+    wide = task("wide", columns=128, method=autoround(), seed=3)
+    given = {t.key: t for t in (wide, task("square", columns=64, method=autoround()))}
+    calls = []
+
+    def counted(one, statistics):
+        calls.append(one.weight.shape)
+        return solve_task(one, statistics)
+
+    monkeypatch.setattr(beside, "solve_task", counted)
+    found = solve_all(given, dict.fromkeys(given, seen()))
+    assert calls == [(64, 64)] * 3
+    for key, one in given.items():
+        alone = solve_task(one, seen())
+        a, b = found[key].weight, alone.weight
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        assert jnp.mean(a.dequantize() == b.dequantize()) > 0.98
+        moved = jnp.abs(found[key].compensated - alone.compensated)
+        assert jnp.mean(moved < 1e-3) > 0.98
