@@ -8,7 +8,7 @@ one that makes a token (once per size of cache). Both take the model as a functi
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,10 +110,47 @@ def stream(  # noqa: PLR0913  one argument per choice
     slots = _bucket(tokens.shape[1] + max_new_tokens, SMALLEST_CACHE)
     held = empty_cache(config, len(prompts), slots, float_dtype(params), cache)
     logits, held = _prefill(apply, params, tokens, positions, held)
+    begun = Begun(logits, jnp.asarray(lengths, jnp.int32), held)
+    yield from write(apply, params, begun, max_new_tokens, sampling, eos)
+
+
+class Begun(NamedTuple):
+    """What has been read, before the first token is written.
+
+    Attributes:
+        logits: of the first token, `float32[rows, vocab]`.
+        place: its position, `int32[rows]`.
+        cache: of what was read; it is used up.
+    """
+
+    logits: jax.Array
+    place: jax.Array
+    cache: Any
+
+
+def write(
+    apply: Callable[..., Any],
+    params: Any,
+    begun: Begun,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos: tuple[int, ...],
+) -> Iterator[np.ndarray]:
+    """Yield the next token of every row, as `stream` does.
+
+    Args:
+        apply: `apply(params, tokens, positions, cache) -> (logits, cache)`; equal ones
+            share what they compiled.
+        params: its first argument.
+        begun: where to begin.
+        max_new_tokens: at most so many tokens.
+        sampling: how they are drawn.
+        eos: tokens that end a row.
+    """
+    logits, place, held = begun
     draw = partial(_draw, knobs=_knobs(sampling), greedy=sampling.temperature == 0)
     latest = draw(logits, step=jnp.int32(0))
-    place = jnp.asarray(lengths, jnp.int32)
-    ended = np.zeros(len(prompts), bool)
+    ended = np.zeros(len(logits), bool)
     for step in range(1, max_new_tokens + 1):
         made = np.asarray(latest)
         ended = ended | np.isin(made, eos)
@@ -175,7 +212,8 @@ def _read(
 ) -> Any:
     if held is not None:
         return through.apply(params, tokens, positions, held)
-    made = through.empty_cache(*tokens.shape, float_dtype(params))
+    rows, length = tokens.shape
+    made = through.empty_cache(rows, length, float_dtype(params))
     return through.apply(params, tokens, positions, made)[0]
 
 

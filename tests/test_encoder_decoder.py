@@ -1,10 +1,14 @@
 """`EncoderDecoder`: one text in, another out."""
 
+import dataclasses
+from collections import Counter
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxq.encoder_decoder import EncoderDecoder
+from jaxq.lift import quantized
 from jaxq.lm import load_model
 from tests.models.seeded import settings_of, write_seeded
 from tests.tiny_lm import byte_tokenizer
@@ -19,14 +23,60 @@ def model(tmp_path_factory):
     return load_model(folder, jnp.float32)
 
 
-def test_the_likeliest_text_does_not_depend_on_padding(model):
+def uncached(model, prompt, new):
+    """The definition: the likeliest token after all so far, again and again."""
+    read, written = jnp.asarray(model.tokens_of(prompt))[None], np.zeros((1, new), int)
+    for place in range(new):
+        # what stands behind a token does not change its logits
+        logits = model.apply(model.params, read, jnp.asarray(written, jnp.int32))
+        token = int(jnp.argmax(logits[0, place]))
+        if token in model.eos:
+            return written[0, 1 : place + 1]
+        if place + 1 < new:
+            written[0, place + 1] = token
+    return np.append(written[0, 1:], token)
+
+
+@pytest.mark.parametrize("cfg", [None, pytest.param("w4a16", marks=pytest.mark.slow)])
+def test_the_likeliest_text_is_the_one_without_a_cache_or_padding(model, cfg):
     assert isinstance(model, EncoderDecoder)
-    read, written = jnp.asarray(model.tokens_of("import os"))[None], [0]
-    for _ in range(2):
-        logits = model.forward(model.params, read, jnp.asarray([written]))
-        written.append(int(jnp.argmax(logits[0, -1])))
-    assert 256 not in written
-    assert model.generate("import os", 2) == model.decode(written[1:])
+    model = model if cfg is None else model.quantize(cfg)
+    for prompt in ("import os", "x = 1 + y"):  # of one length
+        want = uncached(model, prompt, 12)
+        assert len(set(want.tolist())) > 1
+        assert model.generate(prompt, 12) == model.decode(want)
+
+
+def test_a_text_ends_where_its_last_token_would_be(model):
+    want = uncached(model, "import os", 12).tolist()
+    end = want[5]
+    ending = dataclasses.replace(model, eos=(end,))
+    assert ending.generate("import os", 12) == model.decode(want[: want.index(end)])
+
+
+def test_a_second_text_is_no_reason_to_trace_again(model):
+    traces = Counter()
+
+    def apply(params, tokens, targets, mask=None, cache=None):
+        traces[None if tokens is None else tokens.shape, targets.shape] += 1
+        return model.forward(params, tokens, targets, mask, cache)
+
+    counted = dataclasses.replace(model, apply=quantized(apply))
+    counted.generate("import os", 9)
+    counted.generate("import", 12, temperature=0.5)
+    assert traces == {((1, 16), (1, 1)): 1, (None, (1, 1)): 1}
+
+
+def test_draws_are_as_a_causal_models(model):
+    hot = [model.generate("a", 12, temperature=9.0, seed=s) for s in (0, 0, 1)]
+    assert hot[0] == hot[1] != hot[2]
+    assert model.generate("a", 12, temperature=9.0, top_k=1) == model.generate("a", 12)
+
+
+def test_going_on_without_a_text_is_refused(model):
+    one = jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match="no text is in the cache"):
+        model.apply(model.params, None, one, None, model.empty_cache(4))
 
 
 @pytest.mark.slow

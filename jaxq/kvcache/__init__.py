@@ -1,5 +1,7 @@
 """Caches of keys and values: pytrees of static shape, float or quantized."""
 
+from jaxq.kvcache.crossed import CrossCache as CrossCache
+from jaxq.kvcache.crossed import cross_cache as cross_cache
 from jaxq.kvcache.explain import CacheExplanation as CacheExplanation
 from jaxq.kvcache.explain import explain_cache as explain_cache
 from jaxq.kvcache.floating import KVCache as KVCache

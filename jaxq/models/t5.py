@@ -1,15 +1,18 @@
 """T5: an encoder and a decoder, with positions as a bias of the scores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxq.kvcache import CrossCache, KVCache, LayerCache
 from jaxq.models.activations import ACTIVATIONS
-from jaxq.models.attention import attend
+from jaxq.models.attention import attend, visible
 from jaxq.models.block import Block
+from jaxq.models.causal import Places, take_places
 from jaxq.models.hf_config import ConfigError, Keys
 from jaxq.models.norms import RMSNorm
 from jaxq.models.shape import Shape
@@ -38,43 +41,91 @@ class T5Config(Shape):
     start: int = 0
 
 
+# what a decoder layer attends to: what the encoder returned, or its keys and values
+Source = jax.Array | LayerCache
+# what a decoder layer keeps of its own text, and of the source
+Kept = tuple[LayerCache | None, LayerCache]
+# a layer's part of a cache, and where in it the latest tokens go
+Held = tuple[LayerCache, jax.Array] | None
+
+
+class Sight(NamedTuple):
+    """What a layer's queries see of their own text.
+
+    Attributes:
+        mask: `bool[B, T or 1, S]`.
+        buckets: `int[T, S]`, which row of the bias a pair of places takes.
+        bias: `[1, heads, T, S]`, made by the first layer.
+    """
+
+    mask: jax.Array
+    buckets: jax.Array
+    bias: jax.Array | None = None
+
+
 class T5Attention(Block):
     """Attention whose scores are not scaled."""
 
-    @nn.compact
-    def __call__(
+    def heads(self, name: str, x: jax.Array) -> jax.Array:
+        """Return a projection of `x[B, T, hidden]`, `[B, T, heads, head_dim]`."""
+        cfg = self.config
+        flat = self.dense(cfg.num_heads * cfg.head_dim, name)(x)
+        return flat.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+
+    def mix(
         self,
-        x: jax.Array,
-        source: jax.Array,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
         mask: jax.Array,
         bias: jax.Array | None = None,
-        buckets: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Attend from `x` to `source`.
+    ) -> jax.Array:
+        """Return the projected mix of values, `[B, T, hidden]`."""
+        q, k, v = qkv
+        mixed = attend(
+            q, k.astype(q.dtype), v.astype(q.dtype), mask, scale=1.0, bias=bias
+        )
+        return self.dense(self.config.hidden_size, "o")(mixed.reshape(*q.shape[:2], -1))
 
-        Args:
-            x: `[B, T, hidden]`.
-            source: `[B, S, hidden]`.
-            mask: `bool[B or 1, T or 1, S]`.
-            bias: of an earlier layer, `[1, heads, T, S]`; or None.
-            buckets: `int[T, S]` where this layer makes the bias, else None.
+
+class SelfAttention(T5Attention):
+    """Attention to the text itself."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, sight: Sight, held: Held = None
+    ) -> tuple[jax.Array, Sight, LayerCache | None]:
+        """Attend from `x[B, T, hidden]` to itself, or to the cache it is added to.
 
         Returns:
-            The projected mix, and the bias for the layers behind.
+            The projected mix, the sight with its bias, and the layer's longer cache.
         """
         cfg = self.config
-        width = cfg.num_heads * cfg.head_dim
-
-        def heads(name: str, of: jax.Array) -> jax.Array:
-            flat = self.dense(width, name)(of)
-            return flat.reshape(*of.shape[:2], cfg.num_heads, cfg.head_dim)
-
-        if buckets is not None:
+        if sight.bias is None:  # the first layer makes it for all
             table = self.table(cfg.buckets, cfg.num_heads, "relative_attention_bias")
-            bias = table(buckets).transpose(2, 0, 1)[None]
-        q, k, v = heads("q", x), heads("k", source), heads("v", source)
-        mixed = attend(q, k, v, mask, scale=1.0, bias=bias)
-        return self.dense(cfg.hidden_size, "o")(mixed.reshape(*x.shape[:2], -1)), bias
+            sight = sight._replace(bias=table(sight.buckets).transpose(2, 0, 1)[None])
+        q, k, v = (self.heads(name, x) for name in "qkv")
+        kept = None
+        if held is not None:
+            kept = held[0].write(k, v, held[1])
+            k, v = kept.keys, kept.values
+        return self.mix((q, k, v), sight.mask, sight.bias), sight, kept
+
+
+class CrossAttention(T5Attention):
+    """Attention to what the encoder has read."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, source: Source, seen: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """Attend from `x[B, T, hidden]` to the source.
+
+        Returns:
+            The projected mix, and the source's keys and values.
+        """
+        q = self.heads("q", x)
+        if not isinstance(source, LayerCache):
+            source = LayerCache(self.heads("k", source), self.heads("v", source))
+        return self.mix((q, source.keys, source.values), seen), source
 
 
 class T5FeedForward(Block):
@@ -93,35 +144,6 @@ class T5FeedForward(Block):
         return self.dense(cfg.hidden_size, "wo")(inner)
 
 
-class SelfPart(Block):
-    """Attention to the text itself, added to the stream."""
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        bias: jax.Array | None,
-        buckets: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the stream and the bias."""
-        normed = RMSNorm(self.config.norm_eps, name="layer_norm")(x)
-        attention = self.part(T5Attention, "SelfAttention")
-        mixed, bias = attention(normed, normed, mask, bias, buckets)
-        return x + mixed, bias
-
-
-class CrossPart(Block):
-    """Attention to what the encoder says, added to the stream."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, source: jax.Array, mask: jax.Array) -> jax.Array:
-        """Return the stream."""
-        normed = RMSNorm(self.config.norm_eps, name="layer_norm")(x)
-        mixed, _ = self.part(T5Attention, "EncDecAttention")(normed, source, mask)
-        return x + mixed
-
-
 class FeedForwardPart(Block):
     """The feed-forward layer, added to the stream."""
 
@@ -132,58 +154,112 @@ class FeedForwardPart(Block):
         return x + self.part(T5FeedForward, "DenseReluDense")(normed)
 
 
-class T5Layer(Block):
-    """One layer of the encoder, or of the decoder where there is a source."""
+class SelfPart(Block):
+    """Attention to the text itself, added to the stream."""
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        bias: jax.Array | None,
-        buckets: jax.Array | None,
-        source: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the stream and the bias."""
-        x, bias = self.part(SelfPart, "layer_0")(x, mask, bias, buckets)
-        if source is None:
-            return self.part(FeedForwardPart, "layer_1")(x), bias
-        x = self.part(CrossPart, "layer_1")(x, *source)
-        return self.part(FeedForwardPart, "layer_2")(x), bias
+        self, x: jax.Array, sight: Sight, held: Held = None
+    ) -> tuple[jax.Array, Sight, LayerCache | None]:
+        """Return the stream, the sight, and the layer's longer cache."""
+        normed = RMSNorm(self.config.norm_eps, name="layer_norm")(x)
+        attention = self.part(SelfAttention, "SelfAttention")
+        mixed, sight, kept = attention(normed, sight, held)
+        return x + mixed, sight, kept
 
 
-class Stack(Block):
-    """The encoder."""
+class CrossPart(Block):
+    """Attention to what the encoder has read, added to the stream."""
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        mask: jax.Array,
-        source: tuple[jax.Array, jax.Array] | None = None,
-    ) -> jax.Array:
-        """Return the normed stream `[B, T, hidden]` after the last layer."""
-        cfg, length = self.config, x.shape[1]
-        both = source is None
-        first: jax.Array | None = position_buckets(length, cfg.buckets, cfg.reach, both)
-        bias = None
-        for index in range(self.depth()):
-            layer = self.part(T5Layer, f"block_{index}", index)
-            x, bias = layer(x, mask, bias, first, source)
-            first = None  # the first layer makes the bias for all
+        self, x: jax.Array, source: Source, seen: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        """Return the stream, and the source's keys and values."""
+        normed = RMSNorm(self.config.norm_eps, name="layer_norm")(x)
+        attention = self.part(CrossAttention, "EncDecAttention")
+        mixed, read = attention(normed, source, seen)
+        return x + mixed, read
+
+
+class EncoderLayer(Block):
+    """One layer of the encoder."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, sight: Sight) -> tuple[jax.Array, Sight]:
+        """Return the stream and the sight."""
+        x, sight, _ = self.part(SelfPart, "layer_0")(x, sight)
+        return self.part(FeedForwardPart, "layer_1")(x), sight
+
+
+class DecoderLayer(Block):
+    """One layer of the decoder."""
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, sight: Sight, held: Held, source: Source, seen: jax.Array
+    ) -> tuple[jax.Array, Sight, Kept]:
+        """Return the stream, the sight, and what is kept of both attentions."""
+        x, sight, kept = self.part(SelfPart, "layer_0")(x, sight, held)
+        x, read = self.part(CrossPart, "layer_1")(x, source, seen)
+        return self.part(FeedForwardPart, "layer_2")(x), sight, (kept, read)
+
+
+class Encoder(Block):
+    """What reads the text."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+        """Return the normed stream `[B, S, hidden]` after the last layer.
+
+        Args:
+            x: embeddings, `[B, S, hidden]`.
+            seen: `bool[B, 1, S]`, by every place alike.
+        """
+        cfg, place = self.config, jnp.arange(x.shape[1], dtype=jnp.int32)
+        buckets = position_buckets(
+            place[None] - place[:, None], cfg.buckets, cfg.reach, both=True
+        )
+        sight = Sight(seen, buckets)
+        for index in range(cfg.num_layers):
+            x, sight = self.part(EncoderLayer, f"block_{index}", index)(x, sight)
         return RMSNorm(cfg.norm_eps, name="final_layer_norm")(x)
 
-    def depth(self) -> int:
-        """Return the number of layers."""
-        return self.config.num_layers
 
+class Decoder(Block):
+    """What writes."""
 
-class DecoderStack(Stack):
-    """The decoder."""
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        places: Places,
+        written: KVCache | None,
+        sources: Source | tuple[LayerCache, ...],
+        seen: jax.Array,
+    ) -> tuple[jax.Array, tuple[Kept, ...]]:
+        """Return the normed stream `[B, T, hidden]`, and what each layer keeps.
 
-    def depth(self) -> int:
-        """Return the number of layers."""
-        return self.config.decoder_layers
+        Args:
+            x: embeddings of what is written, `[B, T, hidden]`.
+            places: where it stands.
+            written: keys and values of what was written before.
+            sources: what the encoder returned, or its keys and values per layer.
+            seen: `bool[B, 1, S]`, what of it is no padding.
+        """
+        cfg = self.config
+        # rows are written in step, so that the first one's distances are all rows'
+        distance = places.keys[0, None] - places.queries[0, :, None]
+        buckets = position_buckets(distance, cfg.buckets, cfg.reach, both=False)
+        sight = Sight(visible(places.queries, places.keys, None), buckets)
+        stored: list[Kept] = []
+        for index in range(cfg.decoder_layers):
+            held: Any = written and (written.layers[index], places.slots)
+            source = sources[index] if isinstance(sources, tuple) else sources
+            layer = self.part(DecoderLayer, f"block_{index}", index)
+            x, sight, kept = layer(x, sight, held, source, seen)
+            stored.append(kept)
+        return RMSNorm(cfg.norm_eps, name="final_layer_norm")(x), tuple(stored)
 
 
 class T5(Block):
@@ -191,59 +267,99 @@ class T5(Block):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, targets: jax.Array, mask: jax.Array | None = None
-    ) -> jax.Array:
+        self,
+        tokens: jax.Array | None,
+        targets: jax.Array,
+        mask: jax.Array | None = None,
+        cache: CrossCache | None = None,
+    ) -> Any:
         """Compute the logits of the token after every given token of the target.
 
         Args:
-            tokens: `int[B, S]`, the text that is read.
-            targets: `int[B, T]`, the text that is written, from its start token on.
+            tokens: `int[B, S]`, the text that is read; None goes on with the text that
+                is in the cache.
+            targets: `int[B, T]`, the text that is written, from its start token on, or
+                from where the cache ends.
             mask: `bool` or `int[B, S]`, 0 for padding of `tokens`; None keeps all.
+            cache: of what was written before, to which this is added.
 
         Returns:
-            `float32[B, T, vocab]`.
+            `float32[B, T, vocab]`; with a cache, that and the longer cache.
+
+        Raises:
+            ValueError: there is no text.
         """
-        cfg, length = self.config, targets.shape[1]
+        cfg = self.config
         embed = self.table(cfg.vocab_size, cfg.hidden_size, "shared")
-        seen = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
-        seen = seen[:, None]  # by every place alike
-        read = self.part(Stack, "encoder")(embed(tokens), seen)
-        past = jnp.tril(jnp.ones((length, length), bool))[None]
-        decoder = self.part(DecoderStack, "decoder")
-        x = decoder(embed(targets), past, (read, seen))
+        sources, seen = self.read(embed, tokens, mask, cache)
+        before = None if cache is None else cache.written
+        places, taken = take_places(targets, None, before)
+        written = cast(KVCache | None, taken)
+        decoder = self.part(Decoder, "decoder")
+        x, stored = decoder(embed(targets), places, written, sources, seen)
+        if written is not None:
+            own, read = zip(*stored, strict=True)
+            cache = CrossCache(replace(written, layers=own), read, seen)
         if cfg.scaled:
             x = (x.astype(jnp.float32) * jnp.float32(cfg.hidden_size**-0.5)).astype(
                 x.dtype
             )
-        return self.logits(x, embed)
+        logits = self.logits(x, embed)
+        return logits if cache is None else (logits, cache)
+
+    def read(
+        self,
+        embed: nn.Embed,
+        tokens: jax.Array | None,
+        mask: jax.Array | None,
+        cache: CrossCache | None,
+    ) -> tuple[Source | tuple[LayerCache, ...], jax.Array]:
+        """Return what the decoder attends to, and `bool[B, 1, S]`, which of it."""
+        if tokens is not None:
+            seen = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+            seen = seen[:, None]
+            return self.part(Encoder, "encoder")(embed(tokens), seen), seen
+        if cache is None or cache.read is None or cache.seen is None:
+            raise ValueError(
+                "tokens is None, and no text is in the cache; give the text with the "
+                "first tokens that are written"
+            )
+        return cache.read, cache.seen
 
 
-def position_buckets(length: int, buckets: int, reach: int, both: bool) -> jax.Array:
-    """Return which row of the bias each pair of places takes, `int[T, T]`.
+def position_buckets(
+    distance: jax.Array, buckets: int, reach: int, both: bool
+) -> jax.Array:
+    """Return which row of the bias each pair of places takes, of the shape given.
 
     Half of the buckets are single distances, the others grow geometrically up to
     `reach`. An encoder has as many again for keys behind the query.
 
     Args:
-        length: tokens of the text.
+        distance: `int`, of the key from the query.
         buckets: rows of the table.
         reach: distances from here on share a bucket.
         both: whether keys behind the query are seen.
     """
-    place = np.arange(length)
-    distance = place[None, :] - place[:, None]  # of the key from the query
-    offset = np.zeros_like(distance)
     if both:
         buckets //= 2
-        offset = (distance > 0) * buckets
-        distance = np.abs(distance)
-    else:
-        distance = -np.minimum(distance, 0)
+        behind = (distance > 0).astype(jnp.int32) * buckets
+        return behind + _bucket_of(jnp.abs(distance), buckets, reach)
+    return _bucket_of(jnp.maximum(-distance, 0), buckets, reach)
+
+
+def _bucket_of(distance: jax.Array, buckets: int, reach: int) -> jax.Array:
+    """Return the buckets of distances `>= 0`.
+
+    They are looked up: a logarithm's last bit may decide, and compilers differ in it.
+    """
+    every = np.arange(reach + 1)
     exact = buckets // 2
-    share = np.log(np.maximum(distance, 1).astype(np.float32) / exact)
+    share = np.log(np.maximum(every, 1).astype(np.float32) / exact)
     share = share / np.log(np.float32(reach / exact)) * (buckets - exact)
     far = np.minimum(exact + share.astype(np.int64), buckets - 1)
-    return jnp.asarray(offset + np.where(distance < exact, distance, far), jnp.int32)
+    table = np.where(every < exact, every, far)
+    return jnp.asarray(table, jnp.int32)[jnp.minimum(distance, reach)]
 
 
 def read_t5(keys: Keys) -> T5Config:

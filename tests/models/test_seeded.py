@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from jaxq.checkpoints.huggingface import write_folder
 from jaxq.huggingface import load_huggingface
-from jaxq.kvcache import empty_cache
+from jaxq.kvcache import cross_cache, empty_cache
 from jaxq.models import FAMILIES
 from tests.models.seeded import CASES, SEEDED, stored_config, write_seeded
 
@@ -85,6 +85,23 @@ def test_reading_in_pieces_with_a_cache_equals_reading_at_once(load, name):
         pieces.append(logits)
         done += size
     got, want = jnp.concatenate(pieces, axis=1), stored["logits"][:, :done]
+    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["t5", slowly("t5_gated")])
+def test_writing_in_pieces_with_a_cache_equals_reading_at_once(load, name):
+    model, apply, stored = load(name)
+    tokens, targets, mask = (jnp.asarray(stored[a]) for a in ARGUMENTS)
+    cache = cross_cache(model.config, len(tokens), targets.shape[1], jnp.float32)
+    logits, cache = apply(model.params, tokens, targets[:, :3], mask, cache)
+    pieces, done = [logits], 3
+    while done < targets.shape[1]:
+        piece = targets[:, done : done + 1]
+        logits, cache = apply(model.params, None, piece, None, cache)
+        pieces.append(logits)
+        done += 1
+    assert done > model.config.buckets  # some distances share one
+    got, want = jnp.concatenate(pieces, axis=1), stored["logits"]
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE)
 
 

@@ -9,8 +9,12 @@ from pallas_kernels.gpu import decode_attention as kernel
 
 @pytest.mark.parametrize(
     ("case", "tile"),
-    [(case, kernel.Tile(32, 4)) for case in kernel.CASES]
-    + [(case, kernel.Tile()) for case in kernel.CASES[:3]],
+    [
+        *((case, kernel.Tile(32, 4)) for case in kernel.CASES[:-1]),
+        *((case, kernel.Tile()) for case in kernel.CASES[:3]),
+        # this one's bias is seen in tests/kvcache, too
+        pytest.param(kernel.CASES[-1], kernel.Tile(32, 4), marks=pytest.mark.slow),
+    ],
     ids=lambda x: x.name if isinstance(x, kernel.Case) else str(x.tokens),
 )
 def test_decode_attention_is_the_reference(case, tile):
