@@ -96,7 +96,7 @@ class Conversion:
             if row.note:
                 read = found.get(row.name)
                 found[row.name] = f"{row.note}; {read}" if read else row.note
-        lines += [f"  {line}" for line in _by_note(found)]
+        lines += [f"  {line}" for line in by_note(found)]
         return "\n".join(lines)
 
 
@@ -116,8 +116,9 @@ def convert(
     Embeddings and heads that the target has no form for are written as floats, and so
     are weights that cannot even be rounded anew. Scales of inputs (AWQ, SmoothQuant)
     are folded into the module before, and each layer that this changes is checked. The
-    folder appears completely or not at all. Folders (but for Orbax') are read and
-    written tensor by tensor, or layer by layer where scales are folded.
+    folder appears completely or not at all; what a killed process leaves is a hidden
+    folder `.NAME.*.partial`, which may be removed. Folders (but for Orbax') are read
+    and written tensor by tensor, or layer by layer where scales are folded.
 
     Args:
         source: a model, or what `jaxq.load_model` takes.
@@ -162,8 +163,8 @@ def fill(
     folder: Path, model: Convertible, to: str, requantize: bool, shard_bytes: int
 ) -> tuple[Row, ...]:
     """Write a model into an empty folder; return what became of every tensor."""
-    with _sink(folder, model, to, shard_bytes) as sink:
-        rows = tuple(_write(model.leaves, sink, to, requantize))
+    with sink_of(folder, model.config, to, shard_bytes) as sink:
+        rows = tuple(write_leaves(model.leaves, sink, to, requantize))
         refuse_lost(rows, to)
         sink.close(model.config)
         carry_over(model.folder, model.files, folder)
@@ -182,7 +183,7 @@ def refuse_lost(rows: Sequence[Row], to: str) -> None:
         )
 
 
-def _write(
+def write_leaves(
     leaves: Iterator[Leaf], sink: Any, to: str, requantize: bool
 ) -> Iterator[Row]:
     """Write every tensor; a row without outcome is one that cannot be."""
@@ -279,17 +280,23 @@ def _write_float(leaf: Leaf, sink: Any, values: np.ndarray) -> None:
 
 
 def _refusal(rows: list[Row], to: str) -> UnsupportedError:
-    reasons = _by_note({row.name: row.note for row in rows})
-    shown = "".join(f"\n  {line}" for line in reasons[:5])
-    more = f"\n  and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
+    reasons = by_note({row.name: row.note for row in rows})
     return UnsupportedError(
-        f"{len(rows)} weight(s) cannot be written as {to} without loss:{shown}{more}\n"
+        f"{len(rows)} weight(s) cannot be written as {to} without loss:"
+        f"{few(reasons)}\n"
         f"ask for requantize=True (--requantize) to round them anew, and to write as "
         f"floats what {to} does not take then either"
     )
 
 
-def _by_note(notes: Mapping[str, str]) -> list[str]:
+def few(reasons: Sequence[str]) -> str:
+    """Return some of many reasons, each on a line of its own."""
+    shown = "".join(f"\n  {line}" for line in reasons[:5])
+    more = f"\n  and {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
+    return f"{shown}{more}"
+
+
+def by_note(notes: Mapping[str, str]) -> list[str]:
     """Return one line for each note, with the first tensor that has it."""
     names: dict[str, list[str]] = {}
     for name, note in notes.items():
@@ -301,10 +308,13 @@ def _by_note(notes: Mapping[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _sink(folder: Path, model: Convertible, to: str, shard_bytes: int) -> Iterator[Any]:
+def sink_of(
+    folder: Path, config: Mapping[str, Any], to: str, shard_bytes: int
+) -> Iterator[Any]:
+    """Yield what writes a folder of a format; let go of its files in the end."""
     sink: Any
     if to in GGUF:
-        sink = GGUFSink(folder, model.config, GGUF[to])
+        sink = GGUFSink(folder, config, GGUF[to])
     else:
         write = None if to == FLOAT else CODECS[to].write
         sink = SafetensorsSink(folder, None if write is None else write(), shard_bytes)

@@ -19,7 +19,7 @@ from jaxq.checkpoints import Stored, is_jaxq_checkpoint
 from jaxq.checkpoints.errors import CheckpointError
 from jaxq.checkpoints.huggingface import read_config
 from jaxq.codecs import open_model, read_leaves
-from jaxq.fold import fold, has_input_scales
+from jaxq.fold import EDGES, fold, has_input_scales
 from jaxq.heap import one_at_a_time
 from jaxq.lift import quantized
 from jaxq.lm import DEMO, load_model
@@ -171,7 +171,7 @@ def _of_ours(folder: Path, to: str, requantize: bool) -> Convertible:
     return Convertible(
         codec=JAXQ,
         config=_plain_config(config),
-        leaves=_leaves(
+        leaves=_all_leaves(
             config,
             lambda path: stored["/".join(path)],
             folded=scaled and to != FLOAT,
@@ -191,7 +191,7 @@ def _in_memory(source: str | Path | Model, to: str, requantize: bool) -> Convert
     return Convertible(
         codec=lm.codec if lm.codec != "float" else JAXQ,
         config=_plain_config(config),
-        leaves=_leaves(
+        leaves=_all_leaves(
             config,
             lambda path: at(lm.params, path),
             folded=has_input_scales(lm.params) and to != FLOAT,
@@ -205,7 +205,7 @@ def _in_memory(source: str | Path | Model, to: str, requantize: bool) -> Convert
     )
 
 
-def _leaves(
+def _all_leaves(
     hf_config: Mapping[str, Any],
     read: Callable[[tuple[str, ...]], Any],
     *,
@@ -213,33 +213,49 @@ def _leaves(
     partly: bool,
     notes: Mapping[str, str] = {},
 ) -> Iterator[Leaf]:
-    """Yield the tensors of a model.
-
-    Args:
-        hf_config: the model's.
-        read: returns the parameter of a path.
-        folded: whether input scales are folded, a block at a time.
-        partly: whether those that cannot be folded stay where they are.
-        notes: of the tensors.
-    """
+    """Yield the tensors of a model, its input scales folded or as they are."""
     from jaxq.models import find_family
 
     family = find_family(hf_config)
     config = family.read_config(hf_config)
-    logits = logits_of_block(family, config) if folded else None
+    logits = None
+    if folded and family.name in EDGES:
+        logits = logits_of_block(family, config)
+
+    def fold_block(tree: Any) -> Any:
+        (name,) = tree["params"]
+        check = logits if name.startswith("layers_") else None
+        return fold(tree, family.name, check, partly=partly)
+
     slots = family.slots(config)
+    return leaves_of(slots, read, fold_block if folded else None, notes)
+
+
+def leaves_of(
+    slots: Mapping[str, Any],
+    read: Callable[[tuple[str, ...]], Any],
+    fold_block: Callable[..., Any] | None,
+    notes: Mapping[str, str] = {},
+) -> Iterator[Leaf]:
+    """Yield tensors, in the order of their slots.
+
+    Args:
+        slots: where they are, by name.
+        read: returns the parameter of a path.
+        fold_block: returns the tree of a block without input scales; or None.
+        notes: of the tensors.
+    """
 
     def together(item: tuple[str, Any]) -> Any:
         name, slot = item
-        return (folded and block_of(name)) or slot.path
+        return (fold_block and block_of(name)) or slot.path
 
     def groups() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        for key, group in itertools.groupby(slots.items(), together):
+        for _, group in itertools.groupby(slots.items(), together):
             held = dict(group)
             tree = nested({slot.path: read(slot.path) for slot in held.values()})
-            if folded and has_input_scales(tree):
-                check = logits if isinstance(key, str) else None
-                tree = fold(tree, family.name, check, partly=partly)
+            if fold_block and has_input_scales(tree):
+                tree = fold_block(tree)
             yield held, tree
             del tree  # or it would be held while the next is read
 

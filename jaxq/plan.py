@@ -42,6 +42,7 @@ class PlanRow:
         window: of a convolution, the contracted axes that are positions in its window.
         groups: of a convolution, the number of groups its features fall into.
         rounds: why it is rounded to nearest whatever its rule says, or empty.
+        made: what it becomes, by shapes and dtypes; None: it stays float.
     """
 
     path: str
@@ -57,6 +58,7 @@ class PlanRow:
     window: tuple[int, ...] = ()
     groups: int = 1
     rounds: str = ""
+    made: QTensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def spec(self) -> QuantSpec | None:
@@ -256,7 +258,9 @@ def _row(path: str, leaf: Any, recipe: Recipe, uses: Sequence[Use], fn: Any) -> 
     if rounds:
         remark = "; ".join(filter(None, (remark, f"rounded to nearest: {rounds}")))
     kind = (first.window, first.groups, rounds)
-    return row(rule, contracting, stacked, size, after.nbytes, remark, *kind)
+    done = row(rule, contracting, stacked, size, after.nbytes, remark, *kind)
+    made = dataclasses.replace(after, activation=rule.activation)
+    return dataclasses.replace(done, made=made)
 
 
 def _rounds(use: Use, rule: Rule) -> str:

@@ -4,8 +4,12 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -388,6 +392,30 @@ def test_a_disk_that_cannot_be_written_leaves_the_old_model(
     kept = tmp_path / "out"
     assert {p.name: p.read_bytes() for p in kept.iterdir()} == before
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_killed_conversion_leaves_nothing_of_that_name(tmp_path):
+    """And is no obstacle to the next."""
+    code = (
+        "import os, signal, sys\n"
+        "from jaxq.checkpoints import atomic\n"
+        "from jaxq.cli import main\n"
+        "atomic.sync = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.argv = ['jaxq', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    words = ["convert", str(GPTQ), str(tmp_path / "out"), "--to", "awq"]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    (left,) = os.listdir(tmp_path)
+    assert re.fullmatch(r"\.out\.\d+-[0-9a-f]{8}\.partial", left)
+    assert (tmp_path / left / "model.safetensors").is_file(), "it was killed late"
+    assert jaxq.convert(GPTQ, tmp_path / "out", "awq").lossless
+    jaxq.convert(GPTQ, tmp_path / "whole", "awq")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_an_unknown_target_gets_a_suggestion(tmp_path):

@@ -64,8 +64,8 @@ class Journal:
         fingerprint: what determines the result, as plain data.
         steps: the finished steps, in order.
         state: what the last of them left for the next, or None.
-        published: the SHA-256 of the finished checkpoint's manifest, from just before
-            it gets its name; None until then.
+        published: the seal of the finished folder (see `partial.seal`), from just
+            before it gets its name; None until then.
     """
 
     fingerprint: Any

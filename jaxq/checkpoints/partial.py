@@ -1,10 +1,12 @@
 """`NAME.partial`: the folder in which a checkpoint grows until it gets its name.
 
 It holds `model/`, the checkpoint as far as it is; `journal.json`, which says how far
-that is; `state-*.safetensors`, what the next step starts from; and `lock`.
+that is; `state-*.safetensors`, what the next step starts from; `converted/`, what is
+made of the finished checkpoint where another folder than itself is wanted; and `lock`.
 """
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,6 @@ from jaxq.checkpoints import (
     journal,
     lock,
     manifest,
-    saving,
     shards,
 )
 from jaxq.checkpoints.errors import (
@@ -26,8 +27,10 @@ from jaxq.checkpoints.errors import (
 )
 from jaxq.checkpoints.journal import Journal
 
-MODEL = "model"
-_OURS = {MODEL, lock.NAME, journal.NAME, journal.NEXT}
+MODEL, CONVERTED = "model", "converted"
+# Raises if what is at a path must not be replaced; None: nothing may be.
+Replace = Callable[[Path], None] | None
+_OURS = {MODEL, CONVERTED, lock.NAME, journal.NAME, journal.NEXT}
 
 
 def beside(target: Path) -> Path:
@@ -53,14 +56,16 @@ def check_name(place: Path) -> None:
         )
 
 
-def begin(place: Path, target: Path, fingerprint: object, overwrite: bool) -> Journal:
+def begin(
+    place: Path, target: Path, fingerprint: object, may_replace: Replace
+) -> Journal:
     """Return an empty journal in an empty folder.
 
     Raises:
         ExistsError: the target exists, or was begun already, and may not be replaced.
     """
-    atomic.refuse(target, may_replace(overwrite))
-    steps = 0 if overwrite else len(_read(place, target).steps)
+    atomic.refuse(target, may_replace)
+    steps = 0 if may_replace else len(_read(place, target).steps)
     if steps:
         raise ExistsError(
             f"{target} was begun before: {place} holds {steps} finished steps of it. "
@@ -74,7 +79,9 @@ def begin(place: Path, target: Path, fingerprint: object, overwrite: bool) -> Jo
     return fresh
 
 
-def resume(place: Path, target: Path, fingerprint: object, overwrite: bool) -> Journal:
+def resume(
+    place: Path, target: Path, fingerprint: object, may_replace: Replace
+) -> Journal:
     """Return the journal of an unfinished checkpoint, all of which was checked.
 
     Sizes, headers and the checksum of the state are compared with the journal; the
@@ -94,7 +101,7 @@ def resume(place: Path, target: Path, fingerprint: object, overwrite: bool) -> J
     found = _read(place, target)
     if is_published(found, target):
         raise ExistsError(f"{target} is finished, there is nothing to resume")
-    atomic.refuse(target, may_replace(overwrite))
+    atomic.refuse(target, may_replace)
     journal.check_fingerprint(found, fingerprint, str(target))
     settle(place, found)
     try:
@@ -137,17 +144,27 @@ def discard(place: Path) -> None:
 
 def is_published(found: Journal, target: Path) -> bool:
     """Whether the checkpoint got its name, and only its traces are left."""
-    path = target / manifest.NAME
     return (
         found.published is not None
-        and path.is_file()
-        and data_files.fingerprint(path).sha256 == found.published
+        and target.is_dir()
+        and seal(target) == found.published
     )
 
 
-def may_replace(overwrite: bool) -> Callable[[Path], None] | None:
-    """Return what decides whether a target may be replaced, for `atomic`."""
-    return saving.may_replace if overwrite else None
+def seal(folder: Path) -> str:
+    """Return what tells a finished folder from any other, in hexadecimal.
+
+    Of a checkpoint the SHA-256 of its manifest, which has those of its files; of what
+    was converted that of the names, sizes and times of its files.
+    """
+    path = folder / manifest.NAME
+    if path.is_file():
+        return data_files.fingerprint(path).sha256
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        status = path.lstat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _read(place: Path, target: Path) -> Journal:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,6 @@ import numpy as np
 
 from jaxq.checkpoints import (
     atomic,
-    data_files,
     journal,
     lock,
     manifest,
@@ -39,7 +38,7 @@ Tensors = Mapping[str, jax.ShapeDtypeStruct]
 SMALL = 2**20  # bytes of manifest, index and journal, about, for messages
 
 
-def open_stream(
+def open_stream(  # noqa: PLR0913  one verb, and what it may be told
     path: str | os.PathLike[str],
     *,
     fingerprint: Any,
@@ -48,6 +47,7 @@ def open_stream(
     overwrite: bool = False,
     resume: bool = False,
     needed: int = 0,
+    may_replace: Callable[[Path], None] = saving.may_replace,
 ) -> "StreamWriter":
     """Begin, or go on with, a checkpoint that is written step by step.
 
@@ -73,6 +73,8 @@ def open_stream(
         resume: whether to go on with what an interrupted run left.
         needed: about how many bytes the checkpoint will have: too small a disk is then
             an error now rather than in hours.
+        may_replace: called with an existing target, if that is to be overwritten;
+            raises if it must not be. By default only checkpoints may.
 
     Returns:
         The writer, to be used in a ``with`` block.
@@ -110,14 +112,15 @@ def open_stream(
         handle = lock.acquire(place, target)
         try:
             start = partial.resume if resume else partial.begin
-            found = start(place, target, wanted, overwrite)
+            replace = may_replace if overwrite else None
+            found = start(place, target, wanted, replace)
             done = sum(file.bytes for file in found.files.values())
             atomic.check_room(place, needed - done)
         except BaseException:
             partial.tidy(place, target)
             os.close(handle)
             raise
-    return StreamWriter(target, found, handle, shard_bytes, overwrite)
+    return StreamWriter(target, found, handle, shard_bytes, replace)
 
 
 class StreamWriter:
@@ -132,7 +135,7 @@ class StreamWriter:
         found: journal.Journal,
         handle: int,
         shard_bytes: int,
-        overwrite: bool,
+        may_replace: partial.Replace,
     ) -> None:
         self._target = target
         self._place = partial.beside(target)
@@ -140,7 +143,7 @@ class StreamWriter:
         self._journal = found
         self._handle: int | None = handle
         self._shard_bytes = shard_bytes
-        self._overwrite = overwrite
+        self._may_replace = may_replace
         self._step = _Unfinished()
         self._taken = _all_names(found)
 
@@ -265,8 +268,13 @@ class StreamWriter:
         recipe: Any = None,
         metadata: Mapping[str, Any] | None = None,
         extra_files: Mapping[str, saving.Content] | None = None,
+        convert: Callable[[Path, Path], None] | None = None,
+        needed: int = 0,
     ) -> Path:
         """Give the checkpoint its name, now that every parameter was committed.
+
+        Or make another folder of it, which gets the name in its place. A process that
+        is killed while it is made begins it anew after a resume.
 
         Args:
             tree: the structure to load: any tree whose leaves have the paths that were
@@ -276,6 +284,9 @@ class StreamWriter:
             metadata: as for `jaxq.save`. What differs between two runs, such as
                 seconds, would make their checkpoints differ.
             extra_files: as for `jaxq.save`.
+            convert: called with the checkpoint's folder and an empty one to fill, which
+                must come out the same every time.
+            needed: about how many bytes that takes.
 
         Returns:
             The folder.
@@ -285,6 +296,7 @@ class StreamWriter:
             MismatchError: the tree does not hold what was put.
             ExistsError: the target appeared meanwhile.
             WriteError: the disk is full; it can be finished after a resume.
+            Exception: whatever ``convert`` raises; the checkpoint stays where it was.
         """
         self._check_open()
         if self._step.params:
@@ -309,7 +321,9 @@ class StreamWriter:
                 write(self._model / name)
             manifest.write(self._model, content)
             atomic.sync(self._model)
-            self._publish()
+        made = self._model if convert is None else self._converted(convert, needed)
+        with self._writing("the name"):
+            self._publish(made)
         self.close()
         return self._target
 
@@ -397,12 +411,26 @@ class StreamWriter:
         if old is not None and old != now.state:
             (self._place / old.file).unlink(missing_ok=True)
 
-    def _publish(self) -> None:
-        replace = partial.may_replace(self._overwrite)
-        atomic.refuse(self._target, replace)
-        seal = data_files.fingerprint(self._model / manifest.NAME).sha256
+    def _converted(self, convert: Callable[[Path, Path], None], needed: int) -> Path:
+        """Return another folder, made of the finished checkpoint, which stays."""
+        folder = self._place / partial.CONVERTED
+        failed = f"could not write {self._target}"
+        try:
+            with _explained(failed, self._target, needed, lambda: self.how_to_resume):
+                atomic.check_room(self._place, needed)
+                folder.mkdir()
+                convert(self._model, folder)
+                atomic.sync(folder)
+        except Exception:
+            atomic.remove(folder)
+            raise
+        return folder
+
+    def _publish(self, made: Path) -> None:
+        atomic.refuse(self._target, self._may_replace)
+        seal = partial.seal(made)
         self._record(dataclasses.replace(self._journal, published=seal))
-        atomic.publish(self._model, self._target)
+        atomic.publish(made, self._target)
         atomic.sync_folder(self._target.parent)
 
     def _ordered(self, tree: Any) -> dict[str, parameter.Abstract]:

@@ -38,8 +38,9 @@ def convert(
 
     Quantized weights keep their codes and scales. What the format cannot express is
     refused with the reason, or rounded anew with [bold]--requantize[/]; every weight
-    that is not what it was is listed. The folder appears complete or not at all. A
-    float model is quantized first: [bold]jaxq quantize --to[/].
+    that is not what it was is listed. The folder appears complete or not at all; a
+    killed run leaves a hidden [bold].OUT.*.partial[/], which may be removed. A float
+    model is quantized first: [bold]jaxq quantize --to[/].
 
     [bold]Examples[/]
       jaxq convert ./llama-gptq ours

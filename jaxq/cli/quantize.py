@@ -9,7 +9,6 @@ import jax
 import typer
 from rich.table import Table
 
-from jaxq.checkpoints.summary import inspect
 from jaxq.cli.evidence import listed
 from jaxq.cli.failures import FELL_BACK, guarded
 from jaxq.cli.options import (
@@ -22,7 +21,8 @@ from jaxq.cli.options import (
     read_text,
 )
 from jaxq.cli.screen import errors, print_json, progress, results, size
-from jaxq.convert import TARGETS, convert
+from jaxq.convert import TARGETS
+from jaxq.convertible import JAXQ
 from jaxq.lm import load_model
 from jaxq.model import Model as AnyModel
 from jaxq.recipe import Recipe
@@ -30,7 +30,7 @@ from jaxq.report import Evidence, read_evidence
 from jaxq.streaming import quantize_to
 
 SHOWN = 5
-BACKENDS = ("safetensors", "orbax")
+SAFETENSORS, ORBAX = BACKENDS = ("safetensors", "orbax")
 
 
 @guarded
@@ -77,8 +77,10 @@ def quantize(  # noqa: PLR0913  one argument per option
     The folder appears complete or not at all, and loads with [bold]jaxq.load_model[/]
     and every command here. The model is read, solved and written block by block, so it
     may be larger than memory; a run that was killed goes on with [bold]--resume[/], and
-    ends with the same bytes. Where calibration could not help a weight it is rounded to
-    nearest, which is said, and the exit code is then 3.
+    ends with the same bytes. Other engines' formats are made in the end of what was
+    solved, which is on the disk till then; what they cannot express is refused before.
+    Where calibration could not help a weight it is rounded to nearest, which is said,
+    and the exit code is then 3.
 
     [bold]Examples[/]
       jaxq quantize demo -o small --recipe w4a16
@@ -94,7 +96,7 @@ def quantize(  # noqa: PLR0913  one argument per option
             param_hint="--to",
         )
     text = None if calibration is None else read_text(calibration, "calibration.txt")
-    if resume and to != "safetensors":
+    if resume and to == ORBAX:
         raise typer.BadParameter(
             f"a run to {to} is written at once and cannot be resumed; use "
             f"--to safetensors",
@@ -102,9 +104,9 @@ def quantize(  # noqa: PLR0913  one argument per option
         )
     start = time.perf_counter()
     with errors().status(f"loading {model}"):
-        lm = load_model(model, lazy=to == "safetensors")
-    work = Work(output, chosen, text, group_size, force, resume)
-    done = stream(lm, work) if to == "safetensors" else whole(lm, work, to)
+        lm = load_model(model, lazy=to != ORBAX)
+    work = Work(output, chosen, text, group_size, to, force, resume)
+    done = whole(lm, work) if to == ORBAX else stream(lm, work)
     report(model, to, done, time.perf_counter() - start, as_json)
     if done.evidence.fallbacks:
         raise typer.Exit(FELL_BACK)
@@ -118,6 +120,7 @@ class Work:
     recipe: Recipe
     calibration: str | None
     group_size: int | None
+    to: str
     force: bool
     resume: bool
 
@@ -153,33 +156,31 @@ def stream(lm: AnyModel, work: Work) -> Done:
             work.recipe,
             work.calibration,
             work.group_size,
+            to=JAXQ if work.to == SAFETENSORS else work.to,
             resume=work.resume,
             overwrite=work.force,
             progress=lambda _, done, total: bars.update(
                 task, completed=done, total=total
             ),
         )
-    found = inspect(written.path)
+    if written.conversion is not None:
+        told = str(written.conversion)
+        errors().print(told, markup=False, highlight=False, soft_wrap=True)
     return Done(
         str(written.path),
         written.recipe.name,
         (lm.nbytes, lm.bits_per_weight),
-        (found.bytes, found.bits_per_weight),
+        (written.bytes, written.bits_per_weight),
         read_evidence({"evidence": written.evidence}),
         written.resumed,
     )
 
 
-def whole(lm: AnyModel, work: Work, to: str) -> Done:
+def whole(lm: AnyModel, work: Work) -> Done:
     """Quantize in memory, and write all of it at the end."""
     small = run_quantize(lm, work.recipe, work.calibration, work.group_size)
     with errors().status(f"writing {work.output}"):
-        if to == "orbax":
-            folder = small.save(work.output, backend=to, overwrite=work.force)
-        else:
-            written = convert(small, work.output, to, overwrite=work.force)
-            folder = written.path
-            errors().print(str(written), markup=False, highlight=False, soft_wrap=True)
+        folder = small.save(work.output, backend=work.to, overwrite=work.force)
     return Done(
         str(folder),
         small.recipe.name if small.recipe else work.recipe.name,

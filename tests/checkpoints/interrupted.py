@@ -1,6 +1,7 @@
 """A run in steps that is killed wherever that is possible, and resumed until it ends.
 
-`python interrupted.py FOLDER` wants a checkpoint FOLDER/sample to take shapes from.
+`python interrupted.py FOLDER` wants a checkpoint FOLDER/sample to take shapes from;
+with a further word another folder is made of the checkpoint in the end.
 Every step's numbers come from the state before it, so a wrong state shows in the end.
 Children are forked: to start Python and import JAX for each would take seconds.
 """
@@ -58,7 +59,19 @@ def work(target: Path, sample: Any) -> None:
             writer.commit(f"layers {step}", state, {"number": number})
         tree = {"layers": {str(step): dict(sample) for step in range(STEPS)}}
         metadata = {"evidence": writer.evidence()}
-        writer.finish(tree, metadata=metadata, extra_files={"a.json": "{}"})
+        convert = converted if len(sys.argv) > 2 else None
+        writer.finish(
+            tree, metadata=metadata, extra_files={"a.json": "{}"}, convert=convert
+        )
+
+
+def converted(model: Path, folder: Path) -> None:
+    """Write the checkpoint's numbers into one file, by way of another."""
+    with (folder / "spool").open("wb") as spool:
+        for path in sorted(model.glob("*.safetensors")):
+            spool.write(path.read_bytes())
+    (folder / "spool").rename(folder / "model.bin")
+    (folder / "config.json").write_text("{}")
 
 
 def child(target: Path, sample: Any, prepare: Callable[[], None]) -> int:
@@ -139,8 +152,11 @@ def main(folder: Path) -> None:
         event += 1
     # ... and again and again, after few operations and after random times.
     rng, deaths = random.Random(0), 0
+    most = event if len(sys.argv) > 2 else 50  # a conversion begins anew every time
     for _ in range(3):
-        while not ended(child(target, sample, partial(kill_at, rng.randrange(9, 50)))):
+        while not ended(
+            child(target, sample, partial(kill_at, rng.randrange(9, most)))
+        ):
             deaths += 1
         check(child(target, sample, lambda: None))
     for _ in range(5):

@@ -1,5 +1,6 @@
 """Every command on a tiny model: what it prints, what it writes."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from jaxq.evaluate import evaluate_text
 from jaxq.lm import load_model
 from jaxq.recipe import Recipe, Rule
 from jaxq.spec import QuantSpec
+from jaxq.streaming import quantize_to
 from tests.tiny_lm import TEXT, write_tiny
 
 COMMANDS = [
@@ -195,15 +197,44 @@ def test_json_has_no_word_for_infinity(capsys):
     }
 
 
-def test_quantize_writes_what_other_engines_read(jaxq, tiny, tmp_path):
+def test_quantize_writes_what_other_engines_read(jaxq, tiny, tmp_path, monkeypatch):
+    """And tells the same as of jaxq's own format, as do its exit codes."""
     out = tmp_path / "out"
-    ran = jaxq("quantize", tiny, "-o", out, "--recipe", "nf4", "--to", "bitsandbytes")
+    words = ["quantize", tiny, "-o", out, "--recipe", "nf4", "--to", "bitsandbytes"]
+    ran = jaxq(*words)
     assert ran.exit_code == 0, ran.stderr
-    assert "bitsandbytes" in ran.stderr
+    assert "jaxq → bitsandbytes: 2 float, 5 kept, 14 exact" in ran.stderr
+    weight = "params/layers_0/mlp/up_proj/kernel"
+
+    def unlucky(*arguments, **options):
+        written = quantize_to(*arguments, **options)
+        row = written.evidence[weight] | {"fallback": "no data"}
+        evidence = {**written.evidence, weight: row}
+        return dataclasses.replace(written, evidence=evidence)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxq.cli.quantize.quantize_to", unlucky)
+        ran = jaxq(*words, "--force", "--json")
+    assert ran.exit_code == 3
+    told = json.loads(ran.stdout)
+    assert told["fallbacks"] == {weight: "no data"}
+    assert told["format"] == "bitsandbytes"
+    assert told["bytes"] == (out / "model.safetensors").stat().st_size
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert (out / "tokenizer.json").is_file()
     assert load_model(out).codec == "bitsandbytes"
+
+
+def test_quantize_refuses_at_once_what_a_format_has_not(jaxq, tiny, tmp_path):
+    words = ["quantize", tiny, "-o", tmp_path / "out", "--to"]
+    ran = jaxq(*words, "gptq", "--recipe", "w8a16")
+    assert ran.exit_code == 1
+    said = "model.layers.0.mlp.down_proj.weight and 6 more: its scales are float32"
+    assert said in ran.stderr
+    ran = jaxq(*words, "orbax", "--recipe", "w8a16", "--resume")
+    assert ran.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_convert_says_what_became_of_every_weight(jaxq, small, tmp_path):
