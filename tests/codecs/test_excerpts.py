@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -98,7 +97,7 @@ def test_modelopts_input_scale_multiplies_the_scales_of_blocks():
     w = _read(excerpt, weight).tensor()
     x = np.zeros((1, w.shape[0]), np.float32)
     x[0, :2] = scale * 448 * 6 * np.asarray([1, -0.3])
-    read = static_or_dynamic(jnp.asarray(x), w, w.activation)
+    read = jax.jit(static_or_dynamic, static_argnums=2)(x, w, w.activation)
     scales = np.asarray(read.scale_values())
     np.testing.assert_allclose(scales[0, 0], 448 * scale, rtol=1e-6)
     want = scale * 448 * np.asarray([6, -2])  # -1.8 lies nearest to -2

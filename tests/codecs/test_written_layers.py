@@ -1,6 +1,7 @@
 """Writing a layer: read again it is the same, and mostly the same bytes."""
 
 import dataclasses
+import re
 import types
 
 import numpy as np
@@ -223,3 +224,49 @@ def test_writers_are_made_anew():
             assert isinstance(codec.write, type)
             assert vars(codec.write()) == vars(codec.write())
     assert isinstance(CODECS, dict | types.MappingProxyType)
+
+
+NVFP4 = QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))
+# What a layer's input may be: how it is quantized, its static scale, and what
+# compressed-tensors does otherwise (empty: nothing; None: it stays float there).
+INPUTS = [
+    (NVFP4, 0.5, ""),
+    (NVFP4, None, None),
+    (QuantSpec("fp4_e2m1", 32, scale="e8m0", exponent="near"), None, ""),
+    (QuantSpec("fp8_e4m3", 32, scale="e8m0", exponent="near"), None, ""),
+    (QuantSpec("fp8_e4m3", 32, scale="e8m0"), None, "from 1.75 .* not by 'floor'"),
+    (QuantSpec("fp8_e4m3", 64, scale="e8m0", exponent="near"), None, None),
+    (QuantSpec("fp8_e4m3", 64), None, ""),
+    (QuantSpec("fp8_e4m3", "token", scale="bfloat16"), None, ""),
+    (QuantSpec("fp8_e5m2", "token"), None, None),
+    (QuantSpec("int4", "token", grid="gptq"), None, ""),
+    (QuantSpec("int4", "token"), None, r"magnitude / 7\.5 there, not / 7"),
+    (QuantSpec("int8", "token"), None, r"magnitude / 127\.5 there, not / 127"),
+    (QuantSpec("uint8", "token", symmetric=False), None, None),
+]
+
+
+@pytest.mark.parametrize(("spec", "static", "note"), INPUTS, ids=str)
+def test_how_inputs_are_quantized_is_written_or_the_difference_said(spec, static, note):
+    scale = None if static is None else np.full((1, 1), static, np.float32)
+    layer = dataclasses.replace(_layer(64, 32), activation=spec, activation_scale=scale)
+    codec = CODECS["compressed-tensors"]
+    assert codec.write is not None
+    writer = codec.write()
+    tensors, said = writer.write("a", layer)
+    again = codec.read(writer.config(), Memory(tensors)).read("a", (32, 64))
+    assert not isinstance(again, Dense)
+    if note is None:
+        assert "is no longer quantized" in said
+        assert again.activation is None
+        return
+    assert re.search(note, said) if note else not said
+    found = again.activation
+    assert found is not None
+    if spec is NVFP4:  # they divide by the static scale of scales
+        inner = QuantSpec("fp8_e4m3", "tensor", scale="inverse_float32")
+        assert found == dataclasses.replace(spec, scale=inner)
+        assert tensors["a.input_global_scale"] == again.activation_scale == 2
+    elif not note:
+        assert found == spec
+        assert again.activation_scale is None

@@ -184,6 +184,20 @@ def test_static_scales_are_numpys(weight, rng):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stored", ["float32", "inverse_float32"])
+def test_a_static_scale_of_scales_is_numpys(stored, weight, rng):
+    """nvfp4: the largest block of all that was seen has the largest float8 scale."""
+    scales = QuantSpec("fp8_e4m3", "tensor", scale=stored)
+    fp4 = QuantSpec("fp4_e2m1", 16, scale=scales)
+    recipe = Recipe("w4a4", (Rule("*", QuantSpec("int8"), fp4, static=True),))
+    batches = [(rng.standard_normal((n, 64)).astype(np.float32),) for n in (3, 5)]
+    q = quantize_params({"w": weight}, recipe, product, batches)["w"]
+    number = max(np.abs(x).max() for (x,) in batches).astype(np.float64) / 6 / 448
+    number = 1 / number if stored == "inverse_float32" else number
+    assert q.activation_scale.shape == (1, 1)
+    np.testing.assert_allclose(q.activation_scale[0, 0], number, rtol=1e-6)
+
+
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
