@@ -116,7 +116,7 @@ class Patches:
              [1 2 3]
              [2 3 0]]
         """
-        size = (x.shape[self.axes[0]], *self.outputs(x.shape)[:1])
+        size = (x.shape[self.axes[0]], *(self.outputs(x.shape) or (1,))[:1])
         return self._cut(self._padded(x), (0, 0), size, x.shape)
 
     def fold(
@@ -173,11 +173,12 @@ class Patches:
         return lax.fori_loop(0, -(-samples // take) * across, step, state)
 
     def _padded(self, x: jax.Array) -> jax.Array:
-        """Return ``[batch, channel, *spatial]`` with all zeros in their places."""
+        """Return ``[batch, *spatial, channel]`` with all zeros in their places."""
+        batch, channel, *spatial = self.axes
         pairs = zip(self.padding, self.holes, strict=True)
         zeros = [(lo, hi, n) for (lo, hi), n in pairs]
-        zero = jnp.zeros((), x.dtype)
-        return lax.pad(x.transpose(self.axes), zero, [(0, 0, 0), (0, 0, 0), *zeros])
+        x = x.transpose((batch, *spatial, channel))
+        return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *zeros, (0, 0, 0)])
 
     def _cut(
         self,
@@ -194,22 +195,33 @@ class Patches:
             size: how many of both.
             shape: of the activation.
         """
-        samples, *lines = size
+        out, rank = list(self.outputs(shape)), len(self.window)
+        samples, lines = size
         if samples < x.shape[0]:
             x = lax.dynamic_slice_in_dim(x, first[0], samples, 0)
-        each = x.shape[1] // self.groups
-        x = x.reshape(samples, self.groups, each, *x.shape[2:])
-        out = [*lines, *self.outputs(shape)[1:]][: len(self.window)]
-        for i, count in enumerate(out):
-            start = first[1] if i == 0 else 0
-            inside = jnp.arange(self.window[i]) * self.dilation[i]
-            inside = inside[::-1] if self.flipped[i] else inside
-            places = (start + jnp.arange(count))[:, None] * self.strides[i] + inside
-            # [..., outputs, window, the axes to come]
-            x = jnp.take(x, places, axis=3 + 2 * i, mode="clip")
-        rank = len(out)
-        window = {0: 2} | {i + 1: 4 + 2 * i for i in range(rank)}
-        positions = [3 + 2 * i for i in range(rank)]
-        x = x.transpose((1, 0, *positions, *(window[i] for i in self.order)))
+        if rank and lines < out[0]:
+            span = (lines - 1) * self.strides[0]
+            span += (self.window[0] - 1) * self.dilation[0] + 1
+            x = lax.dynamic_slice_in_dim(x, first[1] * self.strides[0], span, 1)
+            out[0] = lines
+        x = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
+        for axis in range(rank):
+            x = self._along(x, axis, out[axis])
+        # samples, (outputs, window) of every axis, groups, channels
+        window = {0: 2 * rank + 2} | {i + 1: 2 * i + 2 for i in range(rank)}
+        positions = [2 * i + 1 for i in range(rank)]
+        inner = [window[i] for i in self.order]
+        x = x.transpose((2 * rank + 1, 0, *positions, *inner))
         x = x.reshape(self.groups, samples * math.prod(out), self.width(shape))
         return x if self.groups > 1 else x[0]
+
+    def _along(self, x: jax.Array, axis: int, count: int) -> jax.Array:
+        """Return ``x`` with a spatial axis as two: outputs, and what each one reads."""
+        place, stride = 2 * axis + 1, self.strides[axis]
+        offsets = [i * self.dilation[axis] for i in range(self.window[axis])]
+        # strided slices: gathers are slow, on TPUs above all
+        parts = [
+            lax.slice_in_dim(x, i, i + (count - 1) * stride + 1, stride, place)
+            for i in (offsets[::-1] if self.flipped[axis] else offsets)
+        ]
+        return jnp.stack(parts, place + 1)

@@ -24,7 +24,8 @@ def calibrate(
         params: its parameters.
         batches: tuples of its other arguments. Python numbers, strings and None among
             them are constants.
-        observers: by name; see `jaxq.observers`.
+        observers: by name; see `jaxq.observers`. Of a convolution they see the
+            activation as it is, not its patches (`jaxq.ops.Patches`).
 
     Returns:
         For each parameter's path the state of every observer. A parameter used several

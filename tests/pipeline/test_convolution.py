@@ -12,7 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxq
 from jaxq.method import awq, chain, gptq, rtn, smoothquant
+from jaxq.ops import Patches
 from jaxq.pipeline import quantize_with_evidence
+from jaxq.pipeline.rows import Layout
+from jaxq.pipeline.statistics import empty, updated
 from jaxq.recipe import Recipe, Rule
 from jaxq.solvers import Statistics, solve_with
 from jaxq.spec import QuantSpec
@@ -186,6 +189,36 @@ def test_the_loss_of_the_statistics_is_the_error_of_the_convolution(place):
     assert row.tokens == exact.size // channels
     assert row.ratio < 1
     assert row.fallback is None
+
+
+def test_all_statistics_of_feature_groups_are_those_of_their_patches(monkeypatch):
+    """With the drift between two streams, a mask, and pieces of a line at a time."""
+    monkeypatch.setattr(Patches.fold, "__defaults__", (None, 90))
+    rng = np.random.default_rng(4)
+    x, ahead = jnp.asarray(rng.normal(size=(2, 3, 6, 5, 4)), jnp.float32)
+    w = kernel(3, 3, 2, 6)
+    run = functools.partial(conv, strides=(2, 1), feature_group_count=2)
+    equation = jax.make_jaxpr(run)(x, w).eqns[0]
+    layout = Layout((), (), 0, Patches.of(equation.params, w.shape))
+    mask = jnp.asarray([[True] * 3, [True, False, True], [False] * 3])
+    seen, fine = updated(empty(x, layout, True), x, layout, mask, None, ahead)
+    sums = seen.statistics()
+    counts = np.repeat(np.asarray(mask).reshape(-1), 5)
+    one = functools.partial(conv, strides=(2, 1))
+    for group in range(2):
+        part = slice(2 * group, 2 * group + 2)
+        rows = patches_of(one, x[..., part], w)[counts]
+        other = patches_of(one, ahead[..., part], w)[counts]
+        for got, want in (
+            (sums.gram, rows.T @ rows),
+            (sums.magnitude, np.abs(rows).sum(0)),
+            (sums.absmax, np.abs(rows).max(0)),
+            (seen.low, rows.min(0)),
+            (sums.drift, (other - rows).T @ rows),
+        ):
+            np.testing.assert_allclose(got[group], want, rtol=0, atol=1e-4)
+    assert bool(fine)
+    assert seen.tokens.tolist() == [counts.sum()] * 2
 
 
 class Net(nn.Module):
