@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from importlib.metadata import version
 
 # Read once, when JAX first looks for devices: must precede the import of jax.
 _FLAG = "--xla_force_host_platform_device_count"
@@ -16,6 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+# The `-m` of pyproject.toml.
+PLAIN = "not torch and not compare and not gpu and not slow and not aot"
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # A run in the background of a shell ignores Ctrl-C, and so would the programs that the
@@ -25,6 +29,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples on every machine; a slow shared core is not a failure.
 settings.register_profile("jaxq", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jaxq")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile quickly in the plain suite, where compiling is most of the time.
+
+    The tests with marks compile as users do, and so does everything under
+    ``JAXQ_TEST_OPTIMIZED=1``: some of them read what the compiler made.
+    """
+    marked = config.option.markexpr != PLAIN
+    if marked or os.environ.get("JAXQ_TEST_OPTIMIZED") == "1":
+        return
+    flags = ["--xla_backend_optimization_level=0"]
+    if version("jaxlib").startswith("0.10."):
+        # Later releases have no other emitters, and a flag that XLA does not know
+        # ends the process.
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] += f" {' '.join(flags)}"
 
 
 @pytest.fixture(scope="module", autouse=True)
