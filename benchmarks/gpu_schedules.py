@@ -19,7 +19,7 @@ from pallas_kernels.gpu import (
     weight_only,
     weight_only_prefill,
 )
-from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed
+from pallas_kernels.gpu.cases import FP8, INT8, NF4, TABLE8, Case, signed
 from pallas_kernels.gpu.layout import Block, filled
 from pallas_kernels.kernel import Coding, Operands
 
@@ -46,6 +46,7 @@ PREFILL = product("w4 g128", MANY, signed(4), 128)
 FINISHED = product("w4 g128, silu(y + bias)", FEW, signed(4), 128, bias=True,
                    epilogue="silu")  # fmt: skip
 NORMAL = product("nf4 g64", FEW, NF4, 64)
+DYNAMIC = product("dynamic8 g64", FEW, TABLE8, 64)
 W8A8 = product("w8a8", MANY, INT8, activation="int8")
 W4A8 = product("w4a8 g128", FEW, signed(4), 128, activation="int8")
 FP8_FP8 = product("fp8 x fp8", MANY, FP8, activation="float8_e4m3fn")
@@ -76,6 +77,7 @@ PLAN: tuple[tuple[Any, tuple[Case, ...], tuple[str, ...]], ...] = (
     ),
     (quantized_activation, (W8A8, W4A8, FP8_FP8), ("h200",)),
     (triton_weight_only, (DECODE, FINISHED, PREFILL, NORMAL), ("a100", "l4")),
+    (triton_weight_only, (DYNAMIC,), ("a100", "l4", "h200")),
     (triton_quantized_activation, (W8A8, W4A8), ("a100", "l4")),
     (triton_quantized_activation, (FP8_FP8,), ("l4",)),
 )

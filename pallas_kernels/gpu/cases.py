@@ -26,6 +26,11 @@ FP4 = Coding("table", 4, 32, table=(
     -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
 ))  # fmt: skip
 
+# like dynamic8: both signs, and most numbers near zero
+TABLE8 = Coding("table", 8, 1, table=tuple(
+    float(np.sinh(v / 20) / np.sinh(6.4)) for v in range(-128, 128)
+))  # fmt: skip
+
 
 def signed(bits: int, pack: int = 32) -> Coding:
     """Return the coding of signed integers below 8 bits."""

@@ -131,18 +131,17 @@ class Cut:
 
         Args:
             body: of references to ``arrays``, and by name ``more`` and ``out``.
-            arrays: the activation, ``[..., N, c]`` and ``[..., N]``, and an index.
+            arrays: the activation, then ``[..., N, c]``, ``[..., N]``, or what a
+                thread block gets all of, ``[n]``.
             more: operands that a tile is finished with, and what of them it gets.
             out: the result, and what a thread block writes of it.
             interpret: whether to run on a CPU.
         """
-        x, *weights, index = arrays
         tile, count = self.tile, len(arrays)
         specs = [pl.BlockSpec((tile.rows, self.inner), lambda j, i, q: (i, 0))]
-        for a in weights:
-            size = (a.shape[0], tile.columns, *a.shape[2:])
+        for a in arrays[1:]:
+            size = (a.shape[0], tile.columns, *a.shape[2:])[: a.ndim]
             specs.append(pl.BlockSpec(size, _column_tile(a.ndim)))
-        specs.append(pl.BlockSpec((1,), lambda j, i, q: (0,)))
         specs += [part.spec for part in more]
         grid = self.columns // tile.columns, self.rows // tile.rows, tile.splits
         return pl.pallas_call(
@@ -155,11 +154,11 @@ class Cut:
                 num_warps=tile.warps, num_stages=tile.stages
             ),
             interpret=interpret,
-        )(x, *weights, index, *(part.whole for part in more))
+        )(*arrays, *(part.whole for part in more))
 
 
 def _column_tile(rank: int) -> Callable[..., tuple[Any, ...]]:
-    return lambda j, i, q: (0, j) if rank == 2 else (0, j, 0)
+    return lambda j, i, q: (0, j, 0)[:rank]
 
 
 def by_rows(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:

@@ -5,6 +5,9 @@ pipeline and chooses its own tensor core instructions. JAX has deprecated this b
 since 0.11, and still ships it in 0.12; its successor for these GPUs, `plgpu.mma` of
 Mosaic GPU, does not exist before 0.11.
 
+A table of 256 numbers is looked up in memory, through the first cache. No kernel of
+Hopper's does that, so that one runs there, too.
+
 Where one thread block sums all of K, it finishes the result; else XLA does (float32
 activations are two or three products, and a split K is as many parts).
 """
@@ -20,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
-from pallas_kernels.gpu.cases import FP8, INT8, NF4, Case, signed, unsigned
+from pallas_kernels.gpu.cases import FP8, INT8, NF4, TABLE8, Case, signed, unsigned
 from pallas_kernels.gpu.layout import WORDS, matrix, words_of
 from pallas_kernels.gpu.mosaic import Unpacked, by_arrays, per_group, wide
 from pallas_kernels.gpu.rounding import Rows, scaled_input
@@ -85,6 +88,8 @@ def triton_weight_only(
             wide(per_group(zeros, layer, cut.inner, cut.group), columns, cut.columns)
         )
     arrays.append(jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1))
+    if looked_up(coding):
+        arrays.append(jnp.asarray(coding.table, x.dtype))
     floats = Floats(coding, x.dtype.name, zeros is not None)
     finish = Finish(out_dtype, bias=bias, epilogue=epilogue)
     body = functools.partial(_kernel, cut, floats, interpret)
@@ -105,6 +110,7 @@ def _kernel(
     out: Any,
 ) -> None:
     """Sum one tile ``[columns, rows]`` of the result over a part of K."""
+    rest, table = (rest[:-1], rest[-1]) if looked_up(floats.coding) else (rest, None)
     *zeros, index = rest
     size = cut.tile.columns, cut.tile.rows
     layer, first = index[0], pl.program_id(2) * cut.steps
@@ -114,7 +120,11 @@ def _kernel(
     def step(i: Any, total: jax.Array) -> jax.Array:
         block = first + i
         start = (layer * blocks + block) * cut.block.slabs
-        numbers = _numbers(cut, floats, interpret, words, start)
+        if table is None:
+            numbers = _numbers(cut, floats, interpret, words, start)
+        else:
+            word = words[start].astype(jnp.int32)
+            numbers = [table[word & 0xFF], table[word >> 8]]
         for run in range(cut.block.rows // cut.run):
             row = cut.scale_of(layer, block, run)
             part = jnp.zeros(size, jnp.float32)
@@ -130,6 +140,11 @@ def _kernel(
 
     total = lax.fori_loop(0, cut.steps, step, jnp.zeros(size, jnp.float32))
     out[...] = finish(total, more)
+
+
+def looked_up(coding: Coding) -> bool:
+    """Whether codes are addresses: of a table too large for registers."""
+    return coding.kind == "table" and coding.bits == 8
 
 
 def _numbers(
@@ -183,6 +198,8 @@ CASES = (
     Case("w8 channel", 8, 256, 64, INT8),
     Case("nf4 g64", 16, 256, 64, NF4, 64),
     Case("fp8 channel", 8, 128, 64, FP8),
+    Case("dynamic8 g64, odd K", 5, 200, 72, TABLE8, 64),
+    Case("dynamic8, stacked, float16", 3, 128, 64, TABLE8, layers=2, dtype="float16"),
     Case("w4 g128, many rows", 130, 256, 64, signed(4), 128, zeros=True),
 )
 
@@ -216,7 +233,7 @@ def run(
 KERNEL = Kernel(
     "gpu.triton_weight_only",
     "gpu",
-    generations("gpu", "triton"),
+    generations("gpu"),  # on Hopper, tables of 256 numbers
     "gpu",
     declines,
     run,

@@ -246,6 +246,8 @@ def _accumulate(
 
 def declines(p: Problem) -> str | None:
     """Return why the kernel does not take a problem, or None."""
+    if p.coding.kind == "table" and p.coding.bits != 4:
+        return f"a table of {2**p.coding.bits} numbers; registers hold 16"
     return weight_only_declines(p)
 
 
@@ -255,8 +257,8 @@ def weight_only_declines(p: Problem) -> str | None:
         return "there are no rows"
     if p.activation not in (None, *MOST):
         return f"the activation is rounded to {p.activation}"
-    if p.coding.kind == "table" and p.coding.bits != 4:
-        return f"a table of {2**p.coding.bits} numbers; only 16 can be looked up"
+    if p.coding.kind == "table" and p.coding.bits not in (4, 8):
+        return f"a table of {2**p.coding.bits} numbers; 16 or 256 can be looked up"
     return cannot_cut(p)
 
 

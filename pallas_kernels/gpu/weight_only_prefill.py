@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.gpu import weight_only
 from pallas_kernels.gpu.cases import INT8, NF4, Case, signed, unsigned
 from pallas_kernels.gpu.finish import Finish
 from pallas_kernels.gpu.geometry import Geometry
@@ -33,7 +34,7 @@ from pallas_kernels.gpu.mosaic import (
 from pallas_kernels.gpu.operands import operands
 from pallas_kernels.gpu.rounding import Rows, scaled_input
 from pallas_kernels.gpu.unpack import Floats
-from pallas_kernels.gpu.weight_only import ANY, Tile, weight_only_declines
+from pallas_kernels.gpu.weight_only import ANY, Tile
 from pallas_kernels.kernel import Coding, Kernel, Operands, Problem, TileRow
 from pallas_kernels.target import generations
 
@@ -202,7 +203,7 @@ def declines(p: Problem) -> str | None:
         return "the activation is float32: weights would be rounded to bfloat16"
     if p.precise:
         return f"weights would be rounded to {p.dtype}"
-    return weight_only_declines(p)
+    return weight_only.declines(p)
 
 
 TILES = (

@@ -29,13 +29,13 @@ def test_devices_are_recognised(backend, kind, capability, expected):
 
 
 @pytest.mark.parametrize("name", GENERATIONS)
-def test_every_generation_has_kernels_of_one_compiler(name):
+def test_every_generation_has_kernels_of_its_compiler_first(name):
     chip = GENERATIONS[name]
     mine = [k for k in table.kernels(chip.backend) if name in k.generations]
     assert len(mine) >= 2
-    for kernel in mine:
+    for kernel in mine[:2]:
         assert ("triton" in kernel.name) == (chip.compiler == "triton")
-        assert any(row.fits(name, 1) for row in kernel.tiles)
+    assert all(any(row.fits(name, 1) for row in k.tiles) for k in mine)
 
 
 def test_generations_of_a_compiler_are_all_there_is():

@@ -215,13 +215,17 @@ def test_who_declines_what():
     cut = dataclasses.replace(few, group=96, inner=384)
     ragged = dataclasses.replace(few, group=96)
     table = dataclasses.replace(few, coding=cases.Coding("table", 8, 1))
+    many = dataclasses.replace(table, rows=65)
+    eight = dataclasses.replace(few, coding=cases.Coding("table", 3, 32))
     rounded = dataclasses.replace(few, activation="int8")
     three = dataclasses.replace(rounded, coding=signed(3), inner=512)
     reasons = {
         (weight_only_prefill, few): "4 rows: scaling partial sums",
         (weight_only, cut): "groups of 96 are not 32 · 2^n rows",
         (weight_only, ragged): "groups of 96 do not divide 256 rows",
-        (weight_only, table): "a table of 256 numbers",
+        (weight_only, table): "a table of 256 numbers; registers hold 16",
+        (weight_only_prefill, many): "a table of 256 numbers; registers hold 16",
+        (triton_weight_only, eight): "a table of 8 numbers; 16 or 256 can be",
         (quantized_activation, few): "the activation stays float",
         (quantized_activation, three): "3-bit codes do not lie four to a register",
     }

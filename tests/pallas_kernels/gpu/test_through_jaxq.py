@@ -56,6 +56,7 @@ def test_relayout_there_and_back_is_the_same_tensor(rng, spec):
         (QuantSpec("uint3", 64, symmetric=False), 200),
         (QuantSpec("int8", 64), 100),
         (QuantSpec("nf4", "channel"), 56),
+        (QuantSpec("dynamic8", 64), 200),
     ],
     ids=str,
 )
@@ -103,6 +104,14 @@ def test_who_takes_what(rng, target, n, activation, kernel):
     q = dataclasses.replace(q, activation=activation)
     (found,) = jaxq.explain(product, q, rows(rng, n, 512), target=target)
     assert found.choice.kernel == kernel
+
+
+def test_large_tables_are_looked_up_on_hopper_too(rng):
+    q = jaxq.relayout(weight(rng, QuantSpec("dynamic8", 64)), "gpu")
+    (found,) = jaxq.explain(product, q, rows(rng, 4, 512), target=HOPPER)
+    assert found.choice.kernel == "gpu.triton_weight_only"
+    reasons = dict(found.choice.declined)
+    assert "registers hold 16" in reasons["gpu.weight_only"]
 
 
 def test_scan_over_relaid_layers_is_the_float_function(rng):
