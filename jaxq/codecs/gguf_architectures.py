@@ -101,6 +101,22 @@ _FALCON = {
 _BLOOM = {**_NORMS, **_FALCON}
 _FALCON_7B = {"attn_norm": "input_layernorm", **_FALCON}
 _FALCON_40B = {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn", **_FALCON}
+_BERT_TOP = {
+    "token_embd": "bert.embeddings.word_embeddings",
+    "token_types": "bert.embeddings.token_type_embeddings",
+    "position_embd": "bert.embeddings.position_embeddings",
+    "token_embd_norm": "bert.embeddings.LayerNorm",
+}
+_BERT = {
+    "attn_q": "attention.self.query",
+    "attn_k": "attention.self.key",
+    "attn_v": "attention.self.value",
+    "attn_output": "attention.output.dense",
+    "attn_output_norm": "attention.output.LayerNorm",
+    "ffn_up": "intermediate.dense",
+    "ffn_down": "output.dense",
+    "layer_output_norm": "output.LayerNorm",
+}
 # GGUF's key -> Hugging Face's
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -173,7 +189,8 @@ class Architecture:
             of the same ``gguf``.
         written: settings that are only written.
         absent: what is written for a setting that the model does not have.
-        words: settings that are always the same text.
+        constants: settings that are always the same.
+        rows: tables -> the setting that says how many rows they have.
         fixed: of Hugging Face's settings, those that no file says.
         biases: names in a block -> the setting that says that those have a bias.
         part: the setting that says which share of a head turns, where it is not all.
@@ -199,7 +216,8 @@ class Architecture:
     blocks: str = "model.layers"
     written: tuple[str, ...] = ("attention.value_length", "rope.dimension_count")
     absent: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    constants: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     part: str | None = None
@@ -339,7 +357,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         top=_FALCON_TOP,
         blocks="transformer.h",
         written=("rope.dimension_count",),
-        words={"tensor_data_layout": "jploski"},
+        constants={"tensor_data_layout": "jploski"},
         fixed={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
         fused="query_key_value",
     ),
@@ -352,9 +370,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         top=_FALCON_TOP,
         blocks="transformer.h",
         written=("rope.dimension_count",),
-        words={"tensor_data_layout": "jploski"},
+        constants={"tensor_data_layout": "jploski"},
         fixed={"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1},
         fused="query_key_value",
+    ),
+    # how token vectors become one is left to the folder
+    Architecture(
+        "bert",
+        "BertModel",
+        ("bert",),
+        _BERT,
+        {**_SIZES, "attention.layer_norm_epsilon": "layer_norm_eps"},
+        top=_BERT_TOP,
+        blocks="bert.encoder.layer",
+        written=(),
+        constants={"attention.causal": False},
+        rows={"token_types": "type_vocab_size"},
     ),
 )
 NAMES = tuple(dict.fromkeys(row.gguf for row in ARCHITECTURES))

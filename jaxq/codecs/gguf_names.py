@@ -29,7 +29,8 @@ class Part(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether llama.cpp asks for float32, if it is float at all."""
-        return any(word in self.tensor for word in (".ffn_gate_inp", "position_embd"))
+        words = (".ffn_gate_inp", "position_embd", "token_types")
+        return any(word in self.tensor for word in words)
 
 
 def architecture_of(name: object, tensors: Iterable[str], where: str) -> Architecture:

@@ -13,6 +13,7 @@ from jaxq.codecs.gguf_gemma import query_scalar
 
 MOST_EXPERTS = 10_000
 SOFTMAX = 1  # how a router makes weights of its scores
+MEAN = 1  # how an encoder makes one vector of many
 
 
 def _window(shape: Any) -> int | None:
@@ -109,7 +110,7 @@ def to_config(
         numbers: what `read_numbers` found.
 
     Raises:
-        CheckpointError: the table of embeddings is missing.
+        CheckpointError: a table of embeddings is missing.
         UnsupportedError: a setting cannot be read from the file.
     """
     scaling = file.values.get(f"{row.gguf}.rope.scaling.type", "none")
@@ -120,16 +121,15 @@ def to_config(
             "model's config.json beside it, which says how"
         )
     _refuse_other_routers(file, row)
-    table = file.tensors.get("token_embd.weight")
-    if table is None or len(table.shape) != 2:
-        raise CheckpointError(f"{file.path} has no matrix 'token_embd.weight'")
+    _refuse_other_pools(file, row)
     config: dict[str, Any] = {
         "architectures": [row.name],
         "model_type": row.model_types[0],
-        "vocab_size": table.shape[0],
+        "vocab_size": _rows(file, "token_embd.weight"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **{row.keys[key]: value for key, value in numbers.items()},
         **row.fixed,
+        **{key: _rows(file, f"{name}.weight") for name, key in row.rows.items()},
     }
     for name, key in row.biases.items():
         config[key] = f"blk.0.{name}.bias" in file.tensors
@@ -142,6 +142,23 @@ def to_config(
         config["query_pre_attn_scalar"] = scalar
     eos = file.values.get("tokenizer.ggml.eos_token_id")
     return config if eos is None else config | {"eos_token_id": eos}
+
+
+def _rows(file: GGUFFile, name: str) -> int:
+    table = file.tensors.get(name)
+    if table is None or len(table.shape) != 2:
+        raise CheckpointError(f"{file.path} has no matrix {name!r}")
+    return table.shape[0]
+
+
+def _refuse_other_pools(file: GGUFFile, row: Architecture) -> None:
+    value = file.values.get(f"{row.gguf}.pooling_type", MEAN)
+    if value not in (0, MEAN):
+        raise UnsupportedError(
+            f"{file.path}: {row.gguf}.pooling_type is {str(value)[:80]!a}, and a file "
+            f"alone is read as one whose vectors are means ({MEAN}); put the model's "
+            "config.json and modules.json beside it"
+        )
 
 
 def _refuse_other_routers(file: GGUFFile, row: Architecture) -> None:
@@ -194,7 +211,7 @@ def write_settings(shape: Any, row: Architecture) -> dict[str, Any]:
         value = row.absent.get(key) if value is None else value
         if value is not None:
             values[f"{row.gguf}.{key}"] = kind(value)
-    return values | {f"{row.gguf}.{key}": text for key, text in row.words.items()}
+    return values | {f"{row.gguf}.{key}": same for key, same in row.constants.items()}
 
 
 def refuse_unsaid(row: Architecture, shape: Any, again: Any) -> None:

@@ -155,6 +155,8 @@ def _describe(
         f"{row.gguf}.vocab_size": shape.vocab_size,
         **write_settings(shape, row),
     }
+    if "token_types" in row.rows:
+        values["tokenizer.ggml.token_type_count"] = shape.token_types
     if row.widest is not None:
         refuse_other_gemmas(row, config)
     if row.own_head and shape.tied:

@@ -68,6 +68,14 @@ _NEOX = {
     "use_parallel_residual": False,
 }
 _FALCON = {**_EPS, "num_kv_heads": 2, "tie_word_embeddings": True}
+_BERT = {
+    "num_key_value_heads": None,
+    "rms_norm_eps": None,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 2**-17,
+    "type_vocab_size": 3,
+    "tie_word_embeddings": True,
+}
 _TWO_NORMS = {"new_decoder_architecture": True, "ffn_hidden_size": 96}
 _NO_CONTEXT = {"max_position_embeddings": None}
 FAMILIES |= {
@@ -81,6 +89,7 @@ FAMILIES |= {
         {**OTHER, **_LLAMAS, **_NO_CONTEXT, **_EPS, **_BLOOM},
     ),
     "falcon": ("FalconForCausalLM", {**OTHER, **_FALCON, "multi_query": True}),
+    "bert": ("BertModel", _BERT),
     "falcon, two norms": ("FalconForCausalLM", {**OTHER, **_FALCON, **_TWO_NORMS}),
 }
 REFUSED = {

@@ -19,7 +19,7 @@ from jaxq.codecs.gguf_file import read_file
 from jaxq.codecs.gguf_rows import row_order
 from jaxq.codecs.source import fill
 from tests.codecs.excerpts import digest, write_gguf
-from tests.codecs.gguf_models import FAMILIES, write_model
+from tests.codecs.gguf_models import FAMILIES, read_raw, rewrite, write_model
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "gguf" / "blocks.gguf"
@@ -167,6 +167,16 @@ def test_a_window_of_0_is_none(tmp_path):
     assert jaxq.load_model(path).config.windows == ()
 
 
+def test_another_pooling_needs_the_models_own_folder(tmp_path):
+    lm, path = write_model(tmp_path, "bert")
+    values, tensors = read_raw(path)
+    rewrite(path, {**values, "bert.pooling_type": 2}, tensors)
+    with pytest.raises(UnsupportedError, match=r"pooling_type is '2'.*modules\.json"):
+        open_gguf(path)
+    (path.parent / "config.json").write_text(lm.files["config.json"])
+    assert jaxq.load_model(path).config == lm.config
+
+
 def test_norms_of_gemma_are_shifted(tmp_path):
     lm, path = write_model(tmp_path, "gemma2")
     file = read_file(path)
@@ -211,6 +221,8 @@ def test_norms_of_gemma_are_shifted(tmp_path):
             {"apply_residual_connection_post_layernorm": True},
             "add_to_normed is True",
         ),
+        ("bert", {"hidden_act": "relu"}, "activation is relu: .* with gelu"),
+        ("bert", {"architectures": ["BertForMaskedLM"]}, "no name for 'cls.predict"),
         ("falcon", {"alibi": True}, "alibi is True"),
         ("falcon", {"bias": True}, "bias is True"),
         ("falcon", {"parallel_attn": False}, "no name for.*post_attention_layernorm"),

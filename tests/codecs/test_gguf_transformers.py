@@ -22,6 +22,7 @@ NEW = {
     "gpt2": "gpt2",
     "gpt_neox": "gptneox",
     "bloom": "bloom",
+    "bert": "bert",
     "falcon": "falcon",
     "falcon, two norms": "falcon",
 }
@@ -68,6 +69,9 @@ def _settings(writer, config, model_type):
         writer.add_rope_dimension_count(int(config["rotary_pct"] * (hidden // heads)))
         writer.add_parallel_residual(config["use_parallel_residual"])
         writer.add_rope_freq_base(config["rotary_emb_base"])
+    if model_type == "bert":
+        writer.add_causal_attention(False)
+        writer.add_token_type_count(config["type_vocab_size"])
     if model_type == "falcon":
         grouped = get("new_decoder_architecture")
         writer.add_head_count_kv(config["num_kv_heads"] if grouped else 1)
@@ -127,7 +131,8 @@ def _convert(folder, family, path):
     writer = gguf.GGUFWriter(path, arch)
     _settings(writer, config, model_type)
     for name, value in _stack(load_file(folder / "model.safetensors")).items():
-        known = name.removeprefix("transformer.") if arch == "bloom" else name
+        before = {"bloom": "transformer.", "bert": "bert."}.get(arch, "")
+        known = name.removeprefix(before)
         new = names.get_name(known, try_suffixes=(".weight", ".bias"))
         assert new is not None, name
         value = _moved(name, value, config, model_type).squeeze()
@@ -139,17 +144,20 @@ def _convert(folder, family, path):
     return path
 
 
-def _logits(folder, **options):
+def _theirs(folder, **options):
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    bert = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    kind = AutoModel if bert else AutoModelForCausalLM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             folder, dtype=torch.float32, device_map="cpu", **options
         )
     with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.float().numpy()
+        found = model(torch.tensor(TOKENS))
+    return (found.last_hidden_state if bert else found.logits).numpy()
 
 
 def _ours(lm):
@@ -178,7 +186,7 @@ def test_what_is_read_computes_what_transformers_does(tmp_path, family):
     """The file is of llama.cpp's package; transformers has the model's own folder."""
     write_model(tmp_path, family)
     theirs = _convert(tmp_path / "hf", family, tmp_path / "theirs.gguf")
-    ours, wanted = _ours(jaxq.load_model(theirs)), _logits(tmp_path / "hf")
+    ours, wanted = _ours(jaxq.load_model(theirs)), _theirs(tmp_path / "hf")
     np.testing.assert_allclose(ours, wanted, atol=1e-4 * float(wanted.std()))
 
 
@@ -202,7 +210,7 @@ def test_transformers_reads_what_is_written(tmp_path, family):
     assert done.lossless
     # settings that its reader of GGUF leaves out come from the model's own config
     config = AutoConfig.from_pretrained(tmp_path / "hf")
-    theirs = _logits(tmp_path / "out", gguf_file="model.gguf", config=config)
+    theirs = _theirs(tmp_path / "out", gguf_file="model.gguf", config=config)
     ours = _ours(small)
     np.testing.assert_allclose(theirs, ours, atol=1e-3 * float(ours.std()))
     again = jaxq.load_model(tmp_path / "out" / "model.gguf")
