@@ -19,8 +19,8 @@ A convolutional network of 50,000 weights (a stem, two residual blocks, a depthw
 a pointwise convolution, a dense head) tells ten digits of a 5 × 7 font apart, which are
 turned, sheared, scaled, shifted and hidden in noise: 16 × 16 pixels, made here. Every
 weight, the stem's and the head's as well, has unsigned codes with zero points in groups
-of 64, scales in bfloat16. Calibration sees 512 images and no label; means over the draws
-of them, on 4,096 other images. KL is KL(float ‖ quantized) per image in nats."""
+of 64, scales in bfloat16. Calibration sees 512 images and no label; means over draws of
+them, on 4,096 other images. KL is KL(float ‖ quantized) per image in nats."""
 
 FONT = """
 01110 00100 01110 11111 00010 11111 00110 11111 01110 01110

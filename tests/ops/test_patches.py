@@ -148,9 +148,10 @@ def test_rows_are_the_windows_and_the_convolution_is_their_product(name):
     np.testing.assert_allclose(got, y, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["1d", "groups", "3d"])
-@pytest.mark.parametrize("piece", [1, 300])
+@pytest.mark.parametrize("name", ["1d", "1d-causal", "groups"])
+@pytest.mark.parametrize("piece", [1, 40, 3000])
 def test_pieces_add_up_to_the_whole(name, piece):
+    """One line at a time, lines that overlap at the end, and samples that do."""
     x, w, _, params = convolution(name)
     patches = Patches.of(params, w.shape)
     shape = (x.shape[patches.axes[0]], *patches.outputs(x.shape))
