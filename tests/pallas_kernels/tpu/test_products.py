@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.reference import Case
+from tests import private_jax
 
 MODULES = ("weight_only_decode", "weight_only_prefill", "quantized_activation")
 PLAIN = {
@@ -62,6 +63,7 @@ def check(module, case, rounded, **flags):
         )
     )
     y = np.asarray(run(*arguments), np.float64)
+    assert not private_jax.tpu_races_found()
     exact = np.asarray(kernel.reference(*arguments, **options), np.float64)
     x, codes, scales, zeros, layer = arguments
     # the sum of the magnitudes of all terms
