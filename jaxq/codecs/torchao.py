@@ -16,6 +16,7 @@ from jaxq.checkpoints import strict_json
 from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from jaxq.codecs.floats import e8m0_patterns, float_matrix, fp4_matrix
 from jaxq.codecs.source import FLOATS, SafetensorsSource, Source, need
+from jaxq.codecs.torchao_activation import activation
 from jaxq.codecs.unpacked import Unpacked, block_name
 from jaxq.codecs.words import nibbles
 from jaxq.spec import QuantSpec
@@ -24,6 +25,8 @@ PARTS = (
     *("qdata", "scale", "zero_point", "per_tensor_scale", "act_per_tensor_scale"),
     *("act_quant_scale", "act_quant_zero_point", "act_pre_scale"),
 )
+# scales of the input that are not applied
+UNAPPLIED = ("act_quant_scale", "act_quant_zero_point", "act_pre_scale")
 DTYPES = {
     "torch.float16": np.dtype("float16"),
     "torch.bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -58,10 +61,25 @@ class TorchAOReader:
         schema = self._schema(module)
         kind, data = schema["_type"], schema["_data"]
         w = self._weight(kind, data, f"{module}._weight_", shape)
+        return self._with_activation(w, data, f"{module}._weight_")
+
+    def _with_activation(
+        self, w: Unpacked, data: Mapping[str, Any], stem: str
+    ) -> Unpacked:
+        """Add how the layer's input is quantized, where products can do that."""
         acts = ("act_quant_kwargs", "activation_quantization")
-        if any(data.get(key) is not None for key in acts):
+        if all(data.get(key) is None for key in acts):
+            return w
+        name = f"{stem}act_per_tensor_scale"
+        static = name in self.source
+        others = [f"{stem}{part}" in self.source for part in UNAPPLIED]
+        spec = None if any(others) else activation(data, static)
+        if spec is None:
             return dataclasses.replace(w, note="its activation stays float")
-        return w
+        scale = None
+        if static and isinstance(spec.scale, QuantSpec):
+            scale = need(self.source, name, ("F32",), (), (1,), (1, 1)).reshape(1, 1)
+        return dataclasses.replace(w, activation=spec, activation_scale=scale)
 
     def _weight(
         self, kind: str, data: Mapping[str, Any], stem: str, shape: tuple[int, int]
