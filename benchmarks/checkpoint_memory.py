@@ -1,4 +1,4 @@
-"""Peak memory of reading and converting checkpoints of other libraries."""
+"""Peak memory of reading, converting and making checkpoints of other libraries."""
 
 import gc
 import json
@@ -32,11 +32,13 @@ jaxq writes, in shards of at most 100 MB: a weight is as large beside a shard as
 70 billion is beside 5 GB. Each run is a process of its own, which first does the same
 to a model of one layer, so that what is compiled is not counted. *Extra* is how far the
 largest resident set rises above that, less what is returned; the project's bound is 1.3
-of the largest shard. Converting returns nothing."""
+of the largest shard. Converting returns nothing. Quantizing is rounding to nearest from
+a float folder into shards of 20 MB: what solving needs besides is a block's."""
 
 WIDTH, INNER, LAYERS, VOCAB = 1024, 4096, 16, 4096
 SHARD = 100 * 10**6
 BOUND = 1.3
+QUANTIZE, SMALL_SHARD, DEPTHS = "quantize", 20 * 10**6, (8, 32)
 HALF = {"scale": "float16"}
 SPECS = {
     "float": None,
@@ -95,11 +97,13 @@ def random_layer(
 
 
 def child(warm: str, model: str, out: str, to: str, requantize: str) -> None:
-    """Read a model, or convert it, and print memory as JSON, in MiB."""
+    """Read a model, convert or quantize it, and print memory as JSON, in MiB."""
 
     def work(source: str, target: str) -> Any:
         if to == "read":
             return jaxq.load_model(source)
+        if to.startswith(QUANTIZE):
+            return quantize_to(source, target, to.removeprefix(f"{QUANTIZE} "))
         options = {"requantize": requantize == "True", "shard_bytes": SHARD}
         return jaxq.convert(source, target, to, **options)
 
@@ -116,6 +120,14 @@ def child(warm: str, model: str, out: str, to: str, requantize: str) -> None:
         returned = sum(a.nbytes for a in leaves) / 2**20
     rise = peak() - before
     print(json.dumps({"rise": rise, "returned": returned, "seconds": seconds}))
+
+
+def quantize_to(source: str, target: str, to: str) -> Any:
+    """Quantize a float model into the format of another library."""
+    floats = (jaxq.Rule("*embed*"), jaxq.Rule("*lm_head*"))
+    recipe = jaxq.Recipe("rounded", (*floats, jaxq.Rule("*", SPECS[to])))
+    lm = jaxq.load_model(source, lazy=True)
+    return jaxq.quantize_to(lm, target, recipe, to=to, shard_bytes=SMALL_SHARD)
 
 
 def run(
@@ -140,6 +152,7 @@ def run(
     return found | {
         "file": sum(sizes) / 2**20,
         "shards": len(sizes),
+        "written": sum(written) / 2**20,
         "shard": shard,
         "extra": extra,
         "share": extra / shard,
@@ -162,19 +175,33 @@ def rows(cases: list[tuple[str, str, bool]]) -> Iterator[list[str]]:
         ]
 
 
+def depths() -> Iterator[list[str]]:
+    """Yield a row for each depth of a model that is quantized."""
+    for layers in DEPTHS:
+        out = run("float", f"{QUANTIZE} gptq", layers=layers)
+        figures = (out["file"], out["written"], out["rise"])
+        rest = [f"{figure:.0f}" for figure in figures]
+        yield [str(layers), *rest, f"{out['seconds']:.1f}"]
+
+
 def main() -> None:
     """Measure, print, and write."""
     if "--child" in sys.argv:
         child(*sys.argv[sys.argv.index("--child") + 1 :])
         return
     options = arguments(
-        "Peak memory of reading and converting checkpoints."
+        "Peak memory of reading, converting and making checkpoints."
     ).parse_args()
     columns = ("format", "files", "returned", "rise", "extra", "of a shard", "seconds")
     reading = [(name, "read", False) for name in SPECS]
     tables = [
         Table("## Reading, MiB", columns, list(rows(reading))),
         Table("## Converting, MiB", columns, list(rows(CONVERTED))),
+        Table(
+            "## Quantizing to GPTQ's format, MiB",
+            ("layers", "read", "written", "rise", "seconds"),
+            list(depths()),
+        ),
     ]
     publish("checkpoint_memory", ABOUT, tables, options)
 

@@ -33,6 +33,7 @@ from jaxq.checkpoints.errors import (
 from jaxq.checkpoints.lazy import LazyArray, LazyStack
 from jaxq.checkpoints.manifest import DataFile
 from jaxq.checkpoints.stored import read_tensor
+from jaxq.heap import give_back
 
 Tensors = Mapping[str, jax.ShapeDtypeStruct]
 SMALL = 2**20  # bytes of manifest, index and journal, about, for messages
@@ -386,6 +387,7 @@ class StreamWriter:
         step.files[name] = self._write(self._model / name, step.tensors, step.arrays)
         atomic.sync_folder(self._model)
         step.tensors, step.arrays, step.bytes = {}, {}, 0
+        give_back()
 
     def _write_state(
         self, arrays: Mapping[str, Any], tensors: Tensors
