@@ -10,9 +10,10 @@ import pytest
 
 from jaxq.evaluate import evaluate_text
 from jaxq.huggingface import load_huggingface
-from jaxq.kvcache import CACHES, KVCache, LayerCache, empty_cache
+from jaxq.kvcache import CACHES, KVCache, LayerCache, empty_cache, explain_cache
 from jaxq.lm import DEMO_FOLDER, load_model
 from jaxq.quantize import fake_quant
+from pallas_kernels.target import Target
 from tests.models.seeded import stored_config, write_seeded
 
 KINDS = [name for name, spec in CACHES.items() if spec is not None]
@@ -78,6 +79,28 @@ def test_every_family_reads_codes_as_it_reads_rounded_floats(name, tmp_path):
         np.testing.assert_allclose(codes, floats, rtol=0, atol=2e-4)
         off = float(jnp.abs(floats - apply(model.params, tokens)).max())
         assert off > 1e-3  # rounding is to be seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "bloom", "falcon_rw"])
+def test_windows_caps_and_alibi_reach_the_kernel_of_a_chip(name, tmp_path):
+    folder = write_seeded(tmp_path / name, stored_config(name))
+    model = load_huggingface(folder, jnp.float32)
+    apply, config = jax.jit(model.module.apply), model.config
+    tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, config.vocab_size)
+    outs = []
+    for target in (Target("tpu", "v5e", interpret=True), Target("cpu")):
+        cache = empty_cache(config, 2, 16, jnp.float32, "int8", target)
+        _, cache = apply(model.params, tokens[:, :11], None, cache)
+        logits, _ = apply(model.params, tokens[:, 11:], None, cache)
+        attends = {
+            choice.kernel for choice in explain_cache(apply, model.params, cache)
+        }
+        outs.append((np.asarray(logits), attends))
+    (got, ours), (want, plain) = outs
+    assert (ours, plain) == ({"tpu.decode_attention"}, {"xla.cached_attention"})
+    # queries and probabilities are bfloat16 in the kernel
+    assert 0 < np.abs(got - want).max() <= 2.0**-6 * np.abs(want).max()
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +181,6 @@ def test_what_attends_and_how_many_bytes_it_holds_can_be_asked(demo):
     assert [choice.kernel for choice in told] == ["xla.cached_attention"] * 6
     assert told.nbytes == 2 * 6 * 2 * 2 * 512 * (64 + 4)  # keys, values; scales
     assert str(told) == f"layers 0-5 -> xla.cached_attention\n{told.nbytes:,} bytes"
-    from pallas_kernels.target import Target
-
     chip = demo.with_cache("int4").explain_cache(512, target=Target("tpu", "v5e"))
     assert {choice.kernel for choice in chip} == {"tpu.decode_attention"}
     assert demo.explain_cache(512).nbytes == 6 * 2 * 2 * 512 * 64 * 2
