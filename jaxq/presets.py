@@ -1,7 +1,8 @@
 """The recipes that have names, as the field uses them.
 
 Those called after a method (``-gptq``, ``-autoround``, ``-awq``, ``-smoothquant``) need
-calibration data; ``-bcq``, ``llm-int8`` and the others do not.
+calibration data, and so does ``w4a4-nvfp4``, for the one static number of its
+activations; ``-bcq``, ``llm-int8`` and the others do not.
 
 Two rules hold in all of them. Embedding tables, output heads and tables that are both
 are int8 per row, weight-only: they are a large part of small models, and lose next to
@@ -50,9 +51,10 @@ def _preset(
     weight: QuantSpec,
     activation: QuantSpec | None = None,
     method: Method | Chain | str = "rtn",
+    static: bool = False,
 ) -> Recipe:
     """Return the recipe that applies one spec and method to all products."""
-    return Recipe(name, (*_KEPT, Rule("*", weight, activation, solver=method)))
+    return Recipe(name, (*_KEPT, Rule("*", weight, activation, static, method)))
 
 
 # of the symmetric grids the one that loses least at 4 bits (benchmarks/results)
@@ -60,6 +62,7 @@ _SIGNED = QuantSpec("int4", GROUP, grid="full", scale="bfloat16")
 _INT8 = QuantSpec("int8", "channel")
 _INT8_TOKEN = QuantSpec("int8", "token")
 _FP8_TOKEN = QuantSpec("fp8_e4m3", "token")
+_NVFP4 = QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))
 _DOUBLE = QuantSpec("dynamic8", 256, center=True)
 # LLM.int8()'s threshold: channels with larger activations are multiplied in float
 _INT8_OUTLIERS = QuantSpec("int8", "token", outliers=6.0)
@@ -89,7 +92,8 @@ _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("nf4-dq", QuantSpec("nf4", 64, scale=_DOUBLE)),
     _preset("fp8", QuantSpec("fp8_e4m3", "channel"), _FP8_TOKEN),
     _preset("mxfp4", QuantSpec("fp4_e2m1", 32, scale="e8m0")),
-    _preset("nvfp4", QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))),
+    _preset("nvfp4", _NVFP4),
+    _preset("w4a4-nvfp4", _NVFP4, _NVFP4, static=True),
     _preset("w4a16-gptq", _grouped("uint4"), method=_GPTQ),
     _preset("w3a16-gptq", _grouped("uint3"), method=_GPTQ),
     _preset("w2a16-gptq", _grouped("uint2"), method=_GPTQ),

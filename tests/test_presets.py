@@ -10,7 +10,7 @@ from jaxq.spec import QuantSpec
 from tests.small_models import tiny_lm, tokens
 
 NAMES = ["w8a16", "w4a16", "w3a16", "w2a16", "w8a8", "w4a8"]
-NAMES += ["nf4", "nf4-dq", "fp8", "mxfp4", "nvfp4"]
+NAMES += ["nf4", "nf4-dq", "fp8", "mxfp4", "nvfp4", "w4a4-nvfp4"]
 NAMES += [f"w{bits}a16-{how}" for how in ("gptq", "autoround") for bits in (4, 3, 2)]
 NAMES += [f"w{bits}a16-bcq" for bits in (4, 3, 2)]
 NAMES += ["w4a16-awq", "w3a16-awq", "w8a8-smoothquant", "w4a8-gptq", "llm-int8"]
