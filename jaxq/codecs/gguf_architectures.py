@@ -117,6 +117,42 @@ _BERT = {
     "ffn_down": "output.dense",
     "layer_output_norm": "output.LayerNorm",
 }
+_T5_TOP = {
+    "token_embd": "shared",
+    "enc.output_norm": "encoder.final_layer_norm",
+    "dec.output_norm": "decoder.final_layer_norm",
+    "output": "lm_head",
+}
+_T5_SELF = {
+    "attn_norm": "layer.0.layer_norm",
+    "attn_q": "layer.0.SelfAttention.q",
+    "attn_k": "layer.0.SelfAttention.k",
+    "attn_v": "layer.0.SelfAttention.v",
+    "attn_o": "layer.0.SelfAttention.o",
+    "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+}
+_T5_CROSS = {
+    "cross_attn_norm": "layer.1.layer_norm",
+    "cross_attn_q": "layer.1.EncDecAttention.q",
+    "cross_attn_k": "layer.1.EncDecAttention.k",
+    "cross_attn_v": "layer.1.EncDecAttention.v",
+    "cross_attn_o": "layer.1.EncDecAttention.o",
+}
+
+
+def _t5(**ffn: str) -> dict[str, tuple[str, Mapping[str, str]]]:
+    """Return the two stacks of a T5, whose feed-forward layers are called so."""
+
+    def last(place: int) -> dict[str, str]:
+        names = {k: f"layer.{place}.DenseReluDense.{v}" for k, v in ffn.items()}
+        return {"ffn_norm": f"layer.{place}.layer_norm", **names}
+
+    return {
+        "enc.blk": ("encoder.block", {**_T5_SELF, **last(1)}),
+        "dec.blk": ("decoder.block", {**_T5_SELF, **_T5_CROSS, **last(2)}),
+    }
+
+
 # GGUF's key -> Hugging Face's
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -161,6 +197,19 @@ _FALCON_KEYS = {
     "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "rope.freq_base": "rope_theta",
 }
+_T5_KEYS = {
+    "block_count": "num_layers",
+    "decoder_block_count": "num_decoder_layers",
+    "context_length": "n_positions",
+    "embedding_length": "d_model",
+    "feed_forward_length": "d_ff",
+    "attention.head_count": "num_heads",
+    "attention.key_length": "d_kv",
+    "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+    "attention.relative_buckets_count": "relative_attention_num_buckets",
+    "decoder_start_token_id": "decoder_start_token_id",
+}
+_T5_WRITTEN = ("attention.value_length", "attention.layer_norm_epsilon")
 _QWEN_MOE_KEYS = {
     **KEYS,
     "expert_count": "num_experts",
@@ -184,9 +233,11 @@ class Architecture:
         name: Hugging Face's class.
         model_types: as their configs have it; the first is what a file is read as.
         layer: GGUF's names in a block -> Hugging Face's.
+        two: the same of an encoder and a decoder, by GGUF's names of their blocks, with
+            Hugging Face's.
         keys: GGUF's settings -> Hugging Face's.
-        sign: a tensor of block 0 that a file of this kind has, and none of those below
-            of the same ``gguf``.
+        sign: a tensor that a file of this kind has, and none of those below of the
+            same ``gguf``.
         written: settings that are only written.
         absent: what is written for a setting that the model does not have.
         constants: settings that are always the same.
@@ -214,6 +265,9 @@ class Architecture:
     sign: str | None = None
     top: Mapping[str, str] = dataclasses.field(default_factory=lambda: TOP)
     blocks: str = "model.layers"
+    two: Mapping[str, tuple[str, Mapping[str, str]]] = dataclasses.field(
+        default_factory=dict
+    )
     written: tuple[str, ...] = ("attention.value_length", "rope.dimension_count")
     absent: Mapping[str, int] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, str | bool] = dataclasses.field(default_factory=dict)
@@ -228,6 +282,11 @@ class Architecture:
     fused: str | None = None
     norm_offset: float = 0.0
     widest: int | None = None
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, Mapping[str, str]]]:
+        """What blocks are called in GGUF -> in Hugging Face, and their names."""
+        return self.two or {"blk": (self.blocks, self.layer)}
 
     @property
     def turns(self) -> bool:
@@ -246,7 +305,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "expert_count": "num_local_experts",
             "expert_used_count": "num_experts_per_tok",
         },
-        sign="ffn_gate_inp.weight",
+        sign="blk.0.ffn_gate_inp.weight",
         experts=_MIXTRAL_EXPERTS,
         interleaved=True,
     ),
@@ -353,7 +412,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ("falcon",),
         _FALCON_40B,
         _FALCON_KEYS,
-        sign="attn_norm_2.weight",
+        sign="blk.0.attn_norm_2.weight",
         top=_FALCON_TOP,
         blocks="transformer.h",
         written=("rope.dimension_count",),
@@ -386,6 +445,31 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         written=(),
         constants={"attention.causal": False},
         rows={"token_types": "type_vocab_size"},
+    ),
+    Architecture(
+        "t5",
+        "T5ForConditionalGeneration",
+        ("t5",),
+        {},
+        _T5_KEYS,
+        sign="enc.blk.0.ffn_gate.weight",
+        top=_T5_TOP,
+        two=_t5(ffn_gate="wi_0", ffn_up="wi_1", ffn_down="wo"),
+        written=_T5_WRITTEN,
+        fixed={"feed_forward_proj": "gated-gelu", "is_encoder_decoder": True},
+        own_head=True,
+    ),
+    Architecture(
+        "t5",
+        "T5ForConditionalGeneration",
+        ("t5",),
+        {},
+        _T5_KEYS,
+        top=_T5_TOP,
+        two=_t5(ffn_up="wi", ffn_down="wo"),
+        written=_T5_WRITTEN,
+        fixed={"feed_forward_proj": "relu", "is_encoder_decoder": True},
+        own_head=True,
     ),
 )
 NAMES = tuple(dict.fromkeys(row.gguf for row in ARCHITECTURES))

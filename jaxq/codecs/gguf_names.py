@@ -46,7 +46,7 @@ def architecture_of(name: object, tensors: Iterable[str], where: str) -> Archite
     """
     held = set(tensors)
     for row in ARCHITECTURES:
-        if row.gguf == name and (row.sign is None or f"blk.0.{row.sign}" in held):
+        if row.gguf == name and (row.sign is None or row.sign in held):
             return row
     raise UnsupportedError(
         f"{where}: general.architecture is {str(name)[:80]!a}; GGUF files are read "
@@ -72,11 +72,12 @@ def hf_names(
     stem, _, leaf = tensor.rpartition(".")
     if stem in row.top and leaf in LEAVES:
         return {f"{row.top[stem]}.{leaf}": Part(tensor)}
-    layer = re.fullmatch(r"blk\.(\d{1,4})\.(\w+)(?:\.(\d{1,5}))?", stem)
-    if layer and leaf in LEAVES:
-        before, name, place = f"{row.blocks}.{int(layer[1])}", layer[2], layer[3]
-        if name in row.layer and place is None:
-            return {f"{before}.{row.layer[name]}.{leaf}": Part(tensor)}
+    layer = re.fullmatch(r"(\w+|\w+\.\w+)\.(\d{1,4})\.(\w+)(?:\.(\d{1,5}))?", stem)
+    if layer and leaf in LEAVES and layer[1] in row.stacks:
+        blocks, inside = row.stacks[layer[1]]
+        before, name, place = f"{blocks}.{int(layer[2])}", layer[3], layer[4]
+        if name in inside and place is None:
+            return {f"{before}.{inside[name]}.{leaf}": Part(tensor)}
         if name in row.experts and place is None and leaf == "weight":
             if len(shape) != 3 or shape[0] != experts or 0 in shape:
                 raise CheckpointError(
@@ -105,13 +106,15 @@ def gguf_name(name: str, row: Architecture) -> Part:
     for ours, theirs in row.top.items():
         if stem == theirs:
             return Part(f"{ours}.{leaf}")
-    layer = re.fullmatch(rf"{re.escape(row.blocks)}\.(\d+)\.(.+)", stem)
-    for ours, theirs in row.layer.items() if layer else ():
-        if layer and layer[2] == theirs:
-            return Part(f"blk.{layer[1]}.{ours}.{leaf}")
-    for ours, theirs in row.experts.items() if layer else ():
-        pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)")
-        found = re.fullmatch(pattern, layer[2]) if layer else None
-        if layer and found:
-            return Part(f"blk.{layer[1]}.{ours}.{leaf}", int(found[1]))
+    for before, (blocks, inside) in row.stacks.items():
+        layer = re.fullmatch(rf"{re.escape(blocks)}\.(\d+)\.(.+)", stem)
+        if layer is None:
+            continue
+        for ours, theirs in inside.items():
+            if layer[2] == theirs:
+                return Part(f"{before}.{layer[1]}.{ours}.{leaf}")
+        for ours, theirs in row.experts.items():
+            pattern = re.escape(theirs).replace(r"\{\}", r"(\d+)")
+            if found := re.fullmatch(pattern, layer[2]):
+                return Part(f"{before}.{layer[1]}.{ours}.{leaf}", int(found[1]))
     raise UnsupportedError(f"GGUF has no name for {name!r} of a {row.name}")

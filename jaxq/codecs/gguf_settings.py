@@ -23,6 +23,7 @@ def _window(shape: Any) -> int | None:
 # GGUF's key -> what kind of value it has, and where a model's config has it
 SETTINGS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "block_count": (int, attrgetter("num_layers")),
+    "decoder_block_count": (int, attrgetter("decoder_layers")),
     "context_length": (int, attrgetter("context")),
     "embedding_length": (int, attrgetter("hidden_size")),
     "feed_forward_length": (int, attrgetter("intermediate_size")),
@@ -33,6 +34,8 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "attention.layer_norm_epsilon": (float, attrgetter("norm_eps")),
     "attention.layer_norm_rms_epsilon": (float, attrgetter("norm_eps")),
     "attention.sliding_window": (int, _window),
+    "attention.relative_buckets_count": (int, attrgetter("buckets")),
+    "decoder_start_token_id": (int, attrgetter("start")),
     "expert_count": (int, attrgetter("num_experts")),
     "expert_used_count": (int, attrgetter("per_token")),
     "expert_feed_forward_length": (int, attrgetter("expert_size")),
@@ -45,6 +48,8 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 }
 # What llama.cpp takes where a file has no such key; of others, some may be missing.
 MISSING: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "decoder_block_count": lambda known: known["block_count"],
+    "decoder_start_token_id": lambda known: 0,
     "attention.head_count_kv": lambda known: known["attention.head_count"],
     "attention.key_length": lambda known: (
         known["embedding_length"] // known["attention.head_count"]
@@ -93,6 +98,8 @@ def _check(file: GGUFFile, key: str, value: Any, kind: type) -> None:
             )
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key.endswith("_token_id") and type(value) is int and value == 0:
+        return
     if not number or (kind is int and type(value) is not int) or not value > 0:
         raise CheckpointError(
             f"{file.path}: {key} is {str(value)[:80]!a}; it must be a positive number"

@@ -76,6 +76,14 @@ _BERT = {
     "type_vocab_size": 3,
     "tie_word_embeddings": True,
 }
+_T5 = {
+    **{"d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "num_layers": 1},
+    **{"num_decoder_layers": 2, "relative_attention_num_buckets": 8},
+    **{"layer_norm_epsilon": 2**-17, "is_encoder_decoder": True},
+    **{"decoder_start_token_id": 3, "n_positions": 512},
+}
+# transformers reads from GGUF no more layers of the decoder than the encoder has
+_GATED = {"feed_forward_proj": "gated-gelu", "num_layers": 2}
 _TWO_NORMS = {"new_decoder_architecture": True, "ffn_hidden_size": 96}
 _NO_CONTEXT = {"max_position_embeddings": None}
 FAMILIES |= {
@@ -90,6 +98,14 @@ FAMILIES |= {
     ),
     "falcon": ("FalconForCausalLM", {**OTHER, **_FALCON, "multi_query": True}),
     "bert": ("BertModel", _BERT),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {**OTHER, **_LLAMAS, **_NO_CONTEXT, **_T5, **_GATED},
+    ),
+    "t5, not gated": (
+        "T5ForConditionalGeneration",
+        {**OTHER, **_LLAMAS, **_NO_CONTEXT, **_T5, "decoder_start_token_id": 0},
+    ),
     "falcon, two norms": ("FalconForCausalLM", {**OTHER, **_FALCON, **_TWO_NORMS}),
 }
 REFUSED = {

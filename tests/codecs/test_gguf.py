@@ -223,6 +223,8 @@ def test_norms_of_gemma_are_shifted(tmp_path):
         ),
         ("bert", {"hidden_act": "relu"}, "activation is relu: .* with gelu"),
         ("bert", {"architectures": ["BertForMaskedLM"]}, "no name for 'cls.predict"),
+        ("t5", {"tie_word_embeddings": True}, "head in every t5 file"),
+        ("t5", {"relative_attention_max_distance": 64}, "reach is 64: .* with 128"),
         ("falcon", {"alibi": True}, "alibi is True"),
         ("falcon", {"bias": True}, "bias is True"),
         ("falcon", {"parallel_attn": False}, "no name for.*post_attention_layernorm"),

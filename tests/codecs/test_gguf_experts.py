@@ -8,7 +8,9 @@ import jaxq
 from jaxq import QuantSpec, Recipe, Rule
 from jaxq.checkpoints.errors import CheckpointError, UnsupportedError
 from jaxq.codecs.gguf import open_gguf
+from jaxq.codecs.gguf_file import read_file
 from tests.codecs.gguf_models import read_raw, rewrite, write_model
+from tests.codecs.test_fuzz import damage_bytes, read_gguf, survives
 
 FOUR = QuantSpec("int4", 32, grid="full", scale="float16")
 E2M1 = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -113,3 +115,15 @@ def test_an_expert_may_not_be_there_twice(tmp_path):
     rewrite(path, values, {**tensors, "blk.0.ffn_gate.3.weight": one})
     with pytest.raises(CheckpointError, match=r"experts\.3\.w1\.weight' twice"):
         open_gguf(path)
+
+
+def test_damaged_files_of_experts_are_refused_cleanly(tmp_path):
+    rng = np.random.default_rng(7)
+    _, path = write_model(tmp_path, "qwen2_moe")
+    data, tensors = path.read_bytes(), read_file(path).tensors
+    start, clean = min(tensor.start for tensor in tensors.values()), 0
+    with np.errstate(all="ignore"):
+        for _ in range(200):
+            path.write_bytes(damage_bytes(rng, data, start))
+            clean += survives(lambda: read_gguf(path))
+    assert clean < 200

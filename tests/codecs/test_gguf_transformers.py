@@ -10,6 +10,7 @@ import pytest
 
 import jaxq
 from jaxq import QuantSpec, Recipe, Rule
+from jaxq.encoder_decoder import EncoderDecoder
 from tests.codecs.gguf_models import FAMILIES, read_raw, write_model
 
 pytestmark = [pytest.mark.compare, pytest.mark.filterwarnings("ignore")]
@@ -23,6 +24,8 @@ NEW = {
     "gpt_neox": "gptneox",
     "bloom": "bloom",
     "bert": "bert",
+    "t5": "t5",
+    "t5, not gated": "t5",
     "falcon": "falcon",
     "falcon, two norms": "falcon",
 }
@@ -37,14 +40,16 @@ STACKED |= {
 def _settings(writer, config, model_type):
     """Say what llama.cpp's converter says of a model."""
     get = config.get
-    heads = get("num_attention_heads") or get("n_head")
-    hidden = get("hidden_size") or get("n_embd")
-    writer.add_block_count(get("num_hidden_layers") or get("n_layer"))
+    heads = get("num_attention_heads") or get("n_head") or get("num_heads")
+    hidden = get("hidden_size") or get("n_embd") or get("d_model")
+    layers = get("num_hidden_layers") or get("n_layer") or get("num_layers")
+    writer.add_block_count(layers)
     writer.add_embedding_length(hidden)
     writer.add_head_count(heads)
     context = get("max_position_embeddings") or get("n_positions")
     writer.add_context_length(context or config["seq_length"])
     wide = get("intermediate_size") or get("n_inner") or get("ffn_hidden_size")
+    wide = wide or get("d_ff")
     writer.add_feed_forward_length(wide or 4 * hidden)
     if get("rms_norm_eps"):
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
@@ -55,6 +60,12 @@ def _settings(writer, config, model_type):
         writer.add_expert_used_count(config["num_experts_per_tok"])
     else:
         writer.add_layer_norm_eps(get("layer_norm_eps") or get("layer_norm_epsilon"))
+    _of_family(writer, config, model_type, hidden // heads)
+
+
+def _of_family(writer, config, model_type, head):
+    """Say what only some families have."""
+    get = config.get
     if get("head_dim"):
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -64,11 +75,19 @@ def _settings(writer, config, model_type):
         size = config["shared_expert_intermediate_size"]
         writer.add_expert_shared_feed_forward_length(size)
     if model_type == "mixtral":
-        writer.add_rope_dimension_count(hidden // heads)
+        writer.add_rope_dimension_count(head)
     if model_type == "gpt_neox":
-        writer.add_rope_dimension_count(int(config["rotary_pct"] * (hidden // heads)))
+        writer.add_rope_dimension_count(int(config["rotary_pct"] * head))
         writer.add_parallel_residual(config["use_parallel_residual"])
         writer.add_rope_freq_base(config["rotary_emb_base"])
+    if model_type == "t5":
+        writer.add_decoder_block_count(config["num_decoder_layers"])
+        writer.add_key_length(config["d_kv"])
+        writer.add_value_length(config["d_kv"])
+        writer.add_layer_norm_rms_eps(config["layer_norm_epsilon"])
+        buckets = config["relative_attention_num_buckets"]
+        writer.add_relative_attn_buckets_count(buckets)
+        writer.add_decoder_start_token_id(config["decoder_start_token_id"])
     if model_type == "bert":
         writer.add_causal_attention(False)
         writer.add_token_type_count(config["type_vocab_size"])
@@ -126,7 +145,7 @@ def _convert(folder, family, path):
     model_type, arch = family.partition(",")[0], NEW[family]
     config = json.loads((folder / "config.json").read_text())
     number = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == arch)
-    layers = config.get("num_hidden_layers") or config.get("n_layer")
+    layers = config.get("num_hidden_layers") or config.get("n_layer") or 2
     names = gguf.get_tensor_name_map(number, layers)
     writer = gguf.GGUFWriter(path, arch)
     _settings(writer, config, model_type)
@@ -146,18 +165,21 @@ def _convert(folder, family, path):
 
 def _theirs(folder, **options):
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    bert = json.loads((folder / "config.json").read_text())["model_type"] == "bert"
-    kind = AutoModel if bert else AutoModelForCausalLM
+    about = json.loads((folder / "config.json").read_text())["model_type"]
+    kinds = {"bert": AutoModel, "t5": AutoModelForSeq2SeqLM}
+    kind = kinds.get(about, AutoModelForCausalLM)
+    tokens = torch.tensor(TOKENS)
+    inputs = {"decoder_input_ids": tokens[:, :7]} if about == "t5" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = kind.from_pretrained(
             folder, dtype=torch.float32, device_map="cpu", **options
         )
     with torch.no_grad():
-        found = model(torch.tensor(TOKENS))
-    return (found.last_hidden_state if bert else found.logits).numpy()
+        found = model(tokens, **inputs)
+    return (found.last_hidden_state if about == "bert" else found.logits).numpy()
 
 
 def _ours(lm):
@@ -166,7 +188,9 @@ def _ours(lm):
     leaf = lambda x: isinstance(x, jaxq.QTensor)
     wide = lambda x: x.dequantize(jnp.float32) if leaf(x) else x
     params = jax.tree.map(wide, lm.params, is_leaf=leaf)
-    return np.asarray(lm.forward(params, jnp.asarray(TOKENS)))
+    tokens = jnp.asarray(TOKENS)
+    inputs = (tokens[:, :7],) if isinstance(lm, EncoderDecoder) else ()
+    return np.asarray(lm.forward(params, tokens, *inputs))
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -192,7 +216,7 @@ def test_what_is_read_computes_what_transformers_does(tmp_path, family):
 
 # of the new ones, those of which transformers reads GGUF
 @pytest.mark.parametrize(
-    "family", ["qwen2_moe", "qwen3_moe", "gpt2", "bloom", "falcon"]
+    "family", ["qwen2_moe", "qwen3_moe", "gpt2", "bloom", "falcon", "t5"]
 )
 def test_transformers_reads_what_is_written(tmp_path, family):
     from transformers import AutoConfig
