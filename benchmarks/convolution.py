@@ -157,7 +157,7 @@ def main() -> None:
     for bits in (4, 3, 2):
         rows, first = [], None
         for name, recipe in recipes(bits).items():
-            draws = 2 if options.quick else 5
+            draws = 1 if options.quick else 5
             kl, error, accuracy, seconds = measure(params, recipe, draws, x, digits)
             first = first or kl
             row = [name, f"{kl:.5f}", f"{kl / first:.2f}", f"{error:.5f}"]
@@ -166,7 +166,7 @@ def main() -> None:
         columns = ("method", "KL", "to rounding", "error of logits", "accuracy", "s")
         tables.append(Table(f"## {bits} bits", columns, rows))
     note = f"The float network is right on {100 * right:.2f} % of them."
-    publish("convolution", f"{ABOUT} {note}", tables, options)
+    publish("convolution", f"{ABOUT}\n\n{note}", tables, options)
 
 
 if __name__ == "__main__":
