@@ -12,7 +12,7 @@ from jaxq.codecs.gguf_file import read_file
 from jaxq.codecs.gguf_write import GGUFSink
 from jaxq.models import find_family
 from tests.codecs.excerpts import write_gguf
-from tests.tiny_lm import write_tiny
+from tests.tiny_lm import CONFIG, write_tiny
 
 GEMMA = {
     "hidden_activation": "gelu_pytorch_tanh",
@@ -35,11 +35,17 @@ MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES |= {
     "mixtral": (
         "MixtralForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e6},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 1e6}
+        | {"num_hidden_layers": 1},
     ),
     "qwen2_moe": (
         "Qwen2MoeForCausalLM",
-        {**MOE, "num_experts": 6, "shared_expert_intermediate_size": 96},
+        {
+            **MOE,
+            "num_hidden_layers": 1,
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 96,
+        },
     ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
@@ -115,17 +121,23 @@ REFUSED = {
 }
 
 
-def write_model(folder: Path, model_type: str, **changes: Any):
-    """A float model in GGUF without its config, and the model."""
+def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
+    """Return the config of a model, without the keys of a Llama that it has not."""
     name, more = {**FAMILIES, **REFUSED}[model_type]
     # GGUF's numbers are float32
     kind, _, _ = model_type.partition(",")
     about = {"architectures": [name], "model_type": kind, "rms_norm_eps": 2**-17}
-    hf = write_tiny(folder / "hf", **{**about, **more, **changes})
-    path, other = hf / "config.json", {**OTHER, **_LLAMAS, **_NO_CONTEXT}
-    about = json.loads(path.read_text())
-    kept = {k: v for k, v in about.items() if v is not None or k not in other}
-    path.write_text(json.dumps(kept))
+    about, other = {**CONFIG, **about, **more, **changes}, {*OTHER, *_LLAMAS}
+    other |= {*_NO_CONTEXT}
+    return {k: v for k, v in about.items() if v is not None or k not in other}
+
+
+def write_model(folder: Path, model_type: str, **changes: Any):
+    """A float model in GGUF without its config, and the model."""
+    config = config_of(model_type, **changes)
+    nulls = dict.fromkeys(CONFIG.keys() - config.keys())
+    hf = write_tiny(folder / "hf", **nulls, **config)
+    (hf / "config.json").write_text(json.dumps(config))
     lm = jaxq.load_model(hf)
     config = json.loads(lm.files["config.json"])
     out = folder / "gguf"

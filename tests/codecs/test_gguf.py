@@ -17,9 +17,10 @@ from jaxq.codecs.gguf_architectures import ARCHITECTURES
 from jaxq.codecs.gguf_blocks import TYPES
 from jaxq.codecs.gguf_file import read_file
 from jaxq.codecs.gguf_rows import row_order
+from jaxq.codecs.gguf_write import GGUFSink
 from jaxq.codecs.source import fill
 from tests.codecs.excerpts import digest, write_gguf
-from tests.codecs.gguf_models import FAMILIES, read_raw, rewrite, write_model
+from tests.codecs.gguf_models import FAMILIES, config_of, read_raw, rewrite, write_model
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "gguf" / "blocks.gguf"
@@ -233,7 +234,7 @@ def test_norms_of_gemma_are_shifted(tmp_path):
 )
 def test_what_no_file_can_say_is_refused(tmp_path, model_type, changes, message):
     with pytest.raises(UnsupportedError, match=message):
-        write_model(tmp_path, model_type, **changes)
+        GGUFSink(tmp_path, config_of(model_type, **changes), 8)
 
 
 def test_the_digest_is_of_the_numbers():
