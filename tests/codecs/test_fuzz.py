@@ -35,11 +35,11 @@ def test_there_are_enough_inputs():
 
 @pytest.fixture(autouse=True)
 def frugal():
-    """No input may take long or much memory."""
-    before, start = _peak(), time.monotonic()
+    """No input may take long (of this process, whatever else runs) or much memory."""
+    before, start = _peak(), time.process_time()
     with np.errstate(all="ignore"):
         yield
-    assert time.monotonic() - start < SECONDS * 6
+    assert time.process_time() - start < SECONDS * 6
     assert _peak() - before < MEGABYTES
 
 
@@ -102,13 +102,13 @@ def read_gguf(path: Path) -> None:
 
 def survives(read: Any) -> bool:
     """Whether a damaged input is read all the same; else the error must be clean."""
-    start = time.monotonic()
+    start = time.process_time()
     try:
         read()
     except CheckpointError:
         return False
     finally:
-        assert time.monotonic() - start < SECONDS
+        assert time.process_time() - start < SECONDS
     return True
 
 
