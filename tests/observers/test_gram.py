@@ -21,6 +21,15 @@ def test_the_gram_is_numpys(rng):
     assert state.tokens == 64
 
 
+@pytest.mark.parametrize("width", [511, 512, 1031])
+def test_wide_grams_are_whole_although_one_half_is_summed(rng, width):
+    x = np.abs(rng.standard_normal((64, width))).astype(np.float32)
+    wide = x.astype(np.float64)
+    total = see(gram(), x).total
+    np.testing.assert_allclose(total, wide.T @ wide, rtol=EXACT)
+    np.testing.assert_array_equal(total, total.T)
+
+
 def test_the_gram_keeps_small_channels_beside_large_ones(rng):
     x = rng.standard_normal((64, 3)).astype(np.float32) * [1e3, 1.0, 1e-3]
     x = x.astype(np.float32)
