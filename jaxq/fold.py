@@ -56,7 +56,8 @@ _LLAMA = (
 EDGES: dict[str, tuple[Edge, ...]] = dict.fromkeys(
     ("llama", "mistral", "qwen2", "qwen3"), _LLAMA
 )
-# How far logits may move, relative to their spread, by rounding in a dtype.
+# How far logits may move, relative to their spread, by rounding weights in a dtype, or
+# the scales that are folded into those of a quantized weight.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 Tree = dict[str, Any]
@@ -182,8 +183,10 @@ def _scaled(kernel: Any, scale: np.ndarray, where: str) -> Any:
 
 
 def _compare(before: jax.Array, after: jax.Array, params: Any) -> None:
+    weights = jax.tree.leaves(params, is_leaf=is_qtensor)
+    scales = (w.scales for w in weights if isinstance(w, QTensor))
     dtype = max(
-        (leaf.dtype for leaf in jax.tree.leaves(params, is_leaf=is_qtensor)),
+        (array.dtype for array in (*weights, *scales)),
         key=lambda d: TOLERANCES.get(jnp.dtype(d).name, 0),
     )
     limit = TOLERANCES.get(jnp.dtype(dtype).name, 1e-4)

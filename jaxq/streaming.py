@@ -16,6 +16,7 @@ from jaxq.checkpoints.stream import StreamWriter, open_stream
 from jaxq.codecs.folder import may_replace
 from jaxq.convert import TARGETS, Conversion, fill
 from jaxq.convertible import JAXQ, opened
+from jaxq.heap import give_back
 from jaxq.model import Calibration, Model, timings
 from jaxq.names import lookup
 from jaxq.pipeline import Calibration as Data
@@ -27,6 +28,7 @@ from jaxq.spec import QuantSpec
 
 REST = "rest"
 REST_BYTES = 2**28
+LARGE = 2**20  # bytes of a parameter that leaves as many behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +240,8 @@ class StreamJournal:
     def put(self, path: str, leaf: Any, evidence: Evidence | None = None) -> None:
         """Take a finished parameter; commit what no block does, piece by piece."""
         self.writer.put(path, leaf)
+        if leaf.nbytes >= LARGE:
+            give_back()  # what it was made of
         self._bytes += leaf.nbytes
         self._rest += [] if evidence is None else [evidence]
         if self._bytes >= REST_BYTES:

@@ -237,8 +237,8 @@ def test_what_a_format_cannot_express_is_known_before(model, tmp_path, name):
     assert 0 < len(told) < len(formats) - 1, "some format has it, beside floats"
 
 
-def test_a_format_refuses_before_anything_is_solved(tmp_path):
-    """Scales that no module can take over; all but one layer's could be."""
+def test_a_format_refuses_before_anything_is_solved(model, tmp_path):
+    """Scales that no module can take over, where attention repeats heads."""
     shape = SHAPE | {"num_key_value_heads": 2}
     lm = load_model(write_tiny(tmp_path / "model", **shape), lazy=True)
     method = chain(smoothquant(0.5), rtn())
@@ -257,6 +257,10 @@ def test_a_format_refuses_before_anything_is_solved(tmp_path):
             progress=progress,
         )
     assert os.listdir(tmp_path) == ["model"]
+    fit = load_model(model, lazy=True)
+    todo = fit.plan(Recipe("smooth", rules))
+    bytes_after = sum(row.bytes_after for row in todo if row.is_quantized)
+    assert streaming.rehearse(fit, todo, "compressed-tensors", 10**9) > bytes_after
 
 
 def test_what_is_refused_late_is_kept(model, tmp_path, monkeypatch):
@@ -270,6 +274,23 @@ def test_what_is_refused_late_is_kept(model, tmp_path, monkeypatch):
     done = convert(*command[:2], "gptq", requantize=True)
     assert done.counts()["requantized"] == 21
     assert load_model(out).codec == "gptq"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "group", "to"),
+    [("w4a16-awq", 32, "awq"), ("w8a8-smoothquant", None, "compressed-tensors")],
+)
+def test_input_scales_are_folded_layer_by_layer(model, tmp_path, recipe, group, to):
+    """Into scales of 16 bits, too, which rounds them; as all at once in memory."""
+    quantize_to(
+        load_model(model, lazy=True), tmp_path / "out", recipe, TOKENS, group, to=to
+    )
+    small = load_model(model).quantize(recipe, TOKENS, group)
+    kernel = small.params["params"]["layers_1"]["mlp"]["down_proj"]["kernel"]
+    assert kernel.input_scale is not None
+    convert(small, tmp_path / "whole", to)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -150,6 +150,12 @@ def stream(lm: AnyModel, work: Work) -> Done:
     """Quantize block by block, each written as it is done."""
     with progress() as bars:
         task = bars.add_task(f"quantizing to {work.recipe.name}", total=None)
+
+        def tell_progress(_: object, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+            if done == total:
+                bars.update(task, description=f"writing {work.output}")
+
         written = quantize_to(
             lm,
             work.output,
@@ -159,9 +165,7 @@ def stream(lm: AnyModel, work: Work) -> Done:
             to=JAXQ if work.to == SAFETENSORS else work.to,
             resume=work.resume,
             overwrite=work.force,
-            progress=lambda _, done, total: bars.update(
-                task, completed=done, total=total
-            ),
+            progress=tell_progress,
         )
     if written.conversion is not None:
         told = str(written.conversion)
