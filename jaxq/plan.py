@@ -18,6 +18,7 @@ from jaxq.presets import as_recipe
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.quantize import padded_length
 from jaxq.recipe import Recipe, Rule
+from jaxq.scales import static_affine
 from jaxq.solvers import solve_with
 from jaxq.solvers.base import Statistics
 from jaxq.spec import QuantSpec
@@ -297,13 +298,12 @@ def _abstract(path: str, leaf: Any, rule: Rule, use: Use) -> QTensor:
             f"rule {rule.match!r} cannot be applied to {path!r} of shape "
             f"{tuple(leaf.shape)}: {error}"
         ) from error
-    if not rule.static:
+    if not rule.static or rule.activation is None:
         return q
-    ones = [n if i in use.stacked else 1 for i, n in enumerate(leaf.shape)]
-    scale: Any = jax.ShapeDtypeStruct(tuple(ones), jnp.float32)
-    zero: Any = None
-    if rule.activation is not None and not rule.activation.symmetric:
-        zero = jax.ShapeDtypeStruct(tuple(ones), jnp.int8)
+    lengths = [n if i in use.stacked else 1 for i, n in enumerate(leaf.shape)]
+    kept = functools.partial(static_affine, spec=rule.activation)
+    bound = jax.ShapeDtypeStruct(tuple(lengths), jnp.float32)
+    scale, zero = jax.eval_shape(kept, bound, bound)
     return dataclasses.replace(q, activation_scale=scale, activation_zero=zero)
 
 

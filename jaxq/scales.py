@@ -63,6 +63,8 @@ def static_affine(
     the largest block have the largest code, as ``spec.scale`` stores it.
     """
     scale, zero = affine(low, high, spec)
+    if zero is not None:
+        zero = zero.astype(jnp.int8 if spec.number_format.lowest < 0 else jnp.uint8)
     if not isinstance(spec.scale, QuantSpec):
         return scale, zero
     world, _ = affine(jnp.zeros_like(scale), scale, spec.scale)

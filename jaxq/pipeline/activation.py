@@ -123,7 +123,4 @@ def _scale(
     low, high = jax.vmap(bounds)(state) if stacked else bounds(state)
     low = jnp.where(jnp.isnan(low), jnp.nanmin(low), low)
     high = jnp.where(jnp.isnan(high), jnp.nanmax(high), high)
-    scale, zero = static_affine(low, high, spec)
-    if zero is not None:
-        zero = zero.astype(jnp.int8 if spec.number_format.lowest < 0 else jnp.uint8)
-    return scale, zero
+    return static_affine(low, high, spec)

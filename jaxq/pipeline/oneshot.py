@@ -115,6 +115,8 @@ def _solve(task: Task, seen: Seen | None, why: str) -> tuple[QTensor, Evidence]:
             name, method, 0, fallback=reason
         )
     statistics = task.fitted(seen.statistics())
+    # no weight before it is quantized yet, so that nothing has moved
+    statistics = statistics._replace(drift=jnp.zeros_like(statistics.gram))
     solved = solve_task(task, statistics)
     q = _activated(solved.weight, task, seen)
     loss, near = losses(task, q, statistics)
@@ -154,5 +156,8 @@ def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
         many = values if values.ndim else jnp.broadcast_to(values, task.stack)
         return many.reshape(lengths)
 
-    whole = None if zero is None else fit(zero).astype(jnp.int8)
-    return dataclasses.replace(q, activation_scale=fit(scale), activation_zero=whole)
+    return dataclasses.replace(
+        q,
+        activation_scale=fit(scale),
+        activation_zero=None if zero is None else fit(zero),
+    )

@@ -286,6 +286,34 @@ def test_what_cannot_be_reached_in_sequence_is_calibrated_in_one_shot_and_says_s
     assert_same_codes(done.params["twice"], by_hand(params["twice"], seen))
 
 
+def twice(params, x):
+    """One weight in two places."""
+    return jnp.tanh(x @ params["w"]) @ params["w"]
+
+
+def test_in_one_shot_nothing_has_drifted():
+    """Presets make up for drift; on the float model there is none."""
+    params, batches = weights("w"), data()
+    drifting = Recipe("drift", (Rule("*", SPEC, solver=gptq(drift=0.75)),))
+    done = quantize_with_evidence(params, drifting, twice, batches)
+    plain = quantize_with_evidence(params, GPTQ, twice, batches)
+    assert_same_codes(done.params["w"], plain.params["w"])
+    assert done.evidence[0].note == plain.evidence[0].note
+
+
+def test_static_zero_points_found_in_one_shot_may_be_above_127():
+    """Activations that reach further below 0 than above have such zero points."""
+    unsigned = QuantSpec("uint8", "tensor", symmetric=False)
+    params = {"w": jnp.abs(weights("w")["w"])}
+    batches = [(-jnp.abs(x),) for (x,) in data()]
+    rule = Rule("*", QuantSpec("int8", "channel"), unsigned, static=True)
+    small = quantize_with_evidence(params, Recipe("s", (rule,)), twice, batches).params
+    assert int(small["w"].activation_zero[0, 0]) > 127
+    ((x,), *_), exact = batches, jax.jit(twice)
+    error = quantized(twice)(small, x) - exact(params, x)
+    assert jnp.linalg.norm(error) < 0.05 * jnp.linalg.norm(exact(params, x))
+
+
 def test_what_no_tap_reaches_is_rounded_and_says_so():
     def fn(params, x):
         small = lambda c: jnp.sum(c * c) < 10.0
