@@ -141,6 +141,8 @@ class Patches:
         """
         shape = arrays[0].shape
         samples, out = shape[self.axes[0]], self.outputs(shape)
+        if 0 in (samples, *out):
+            return state
         lines = out[0] if out else 1
         line = math.prod(out[1:]) * self.width(shape) * self.groups
         take = max(min(samples, piece // max(lines * line, 1)), 1)

@@ -354,6 +354,27 @@ def test_padding_of_a_sequence_changes_nothing():
     assert [row.tokens for row in both.evidence] == [48, 24]
 
 
+def test_a_batch_too_short_for_a_window_teaches_nothing():
+    def fn(p, x):
+        return lax.conv_general_dilated(
+            x, p["w"], (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+
+    act = QuantSpec("int8", "tensor")
+    cfg = recipe(gptq(), SPEC, activation=act, static=True)
+    params, ((long,),) = {"w": kernel(5, 4, 6)}, images(1, (3, 11, 4))
+    short = (long[:, :3],)
+    alone = quantize_with_evidence(params, cfg, fn, [(long,)])
+    both = quantize_with_evidence(params, cfg, fn, [(long,), short])
+    assert both.evidence[0].tokens == alone.evidence[0].tokens == 3 * 4
+    for got, want in zip(
+        *map(jax.tree.leaves, (both.params, alone.params)), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    with pytest.raises(ValueError, match="no token of the calibration data reached"):
+        quantize_with_evidence(params, cfg, fn, [short])
+
+
 def test_a_static_scale_covers_what_the_kernel_meets():
     spec = QuantSpec("int8", "tensor")
     cfg = recipe("rtn", QuantSpec("int8"), activation=spec, static=True)
