@@ -346,6 +346,17 @@ def test_an_old_model_survives_a_failed_conversion(tmp_path):
         jaxq.convert(AWQ, out, "awq", overwrite=True)
 
 
+def test_a_checkpoint_of_our_own_is_replaced_too(tmp_path):
+    out = tmp_path / "model"
+    jaxq.convert(AWQ, out, "jaxq")
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(ExistsError, match=r"thesis\.txt"):
+        jaxq.convert(AWQ, out, "awq", overwrite=True)
+    (out / "thesis.txt").unlink()
+    jaxq.convert(AWQ, out, "awq", overwrite=True)
+    assert jaxq.load_model(out).codec == "awq"
+
+
 @contextlib.contextmanager
 def _full_disk(room):
     """No file may be longer than so many bytes, whoever writes it."""

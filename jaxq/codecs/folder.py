@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxq.checkpoints import safetensors
+from jaxq.checkpoints import is_jaxq_checkpoint, safetensors, saving
 from jaxq.checkpoints.errors import ExistsError, UnsupportedError
 from jaxq.checkpoints.huggingface import INDEX, SINGLE
 from jaxq.codecs.base import Writer
@@ -143,6 +143,9 @@ def carry_over(source: Path | None, files: Mapping[str, str], folder: Path) -> N
 
 def may_replace(target: Path) -> None:
     """Raise `ExistsError` unless a folder holds a model and nothing else."""
+    if is_jaxq_checkpoint(target):
+        saving.may_replace(target)
+        return
     ours = {"config.json", INDEX, SINGLE, *SIDE_FILES}
     odd = sorted(
         path.name
