@@ -36,17 +36,22 @@ def solve_in_one_shot(
     of loops. What is never multiplied, or where no tap reaches, is rounded to nearest.
     """
     todo = [path for path in store.skipped if path not in store.done]
-    seen_of = {path for path in todo if not store.rows[path].rounds}
+    tasks = {path: store.task(Key(path)) for path in todo}
+    solved = {
+        path
+        for path, task in tasks.items()
+        if not (store.rows[path].rounds or task.rule.transforms)
+    }
+    seen_of = {path for path in todo if path in solved or tasks[path].rule.static}
     if not todo or fn is None:
         return []
     seen = _observe(fn, jax.tree.map(read_leaf, params), batches, seen_of)
     out = []
     for path in todo:
         start = time.perf_counter()
-        task = store.task(Key(path))
-        statistics = seen.get(path)
-        found = _fit(statistics, task)
-        q, evidence = _solve(task, found, store.skipped[path])
+        found = _fit(seen.get(path), tasks[path])
+        why = store.skipped[path]
+        q, evidence = _solve(tasks[path], found, why, path in solved)
         store.settle(Key(path), q)
         seconds = time.perf_counter() - start
         out.append(dataclasses.replace(evidence, seconds=seconds))
@@ -105,20 +110,22 @@ def _fit(seen: Seen | None, task: Task) -> Seen | None:
     return seen if fits else None
 
 
-def _solve(task: Task, seen: Seen | None, why: str) -> tuple[QTensor, Evidence]:
-    """Solve one weight, or round it where nothing was seen."""
+def _solve(
+    task: Task, seen: Seen | None, why: str, solves: bool
+) -> tuple[QTensor, Evidence]:
+    """Solve one weight, or round it where nothing was seen or it cannot be solved."""
     name, method = str(task.key), task.rule.method
-    usable = seen is not None and int(jnp.sum(seen.tokens)) > 0
-    if not usable or seen is None or task.rule.transforms:
+    if seen is not None and int(jnp.sum(seen.tokens)) == 0:
+        seen = None
+    if seen is None or not solves:
         reason = f"rounded to nearest: {why}"
-        return _activated(rounded(task), task, None), Evidence(
-            name, method, 0, fallback=reason
-        )
+        q = _activated(rounded(task), task, seen, why)
+        return q, Evidence(name, method, 0, fallback=reason)
     statistics = task.fitted(seen.statistics())
     # no weight before it is quantized yet, so that nothing has moved
     statistics = statistics._replace(drift=jnp.zeros_like(statistics.gram))
     solved = solve_task(task, statistics)
-    q = _activated(solved.weight, task, seen)
+    q = _activated(solved.weight, task, seen, why)
     loss, near = losses(task, q, statistics)
     ok = bool(jnp.all(solved.info.get("ok", jnp.asarray(True))))
     damping = solved.info.get("damping")
@@ -136,7 +143,7 @@ def _solve(task: Task, seen: Seen | None, why: str) -> tuple[QTensor, Evidence]:
     )
 
 
-def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
+def _activated(q: QTensor, task: Task, seen: Seen | None, why: str) -> QTensor:
     """Return the weight with what the recipe says of its activation."""
     q = dataclasses.replace(q, activation=task.rule.activation)
     spec = task.rule.activation
@@ -144,8 +151,8 @@ def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
         return q
     if seen is None:
         raise ValueError(
-            f"no activation of {str(task.key)!r} was seen during calibration, so it "
-            f"has no static scale: use a dynamic activation scale for it"
+            f"no activation of {str(task.key)!r} was seen during calibration ({why}), "
+            f"so it has no static scale: use a dynamic activation scale for it"
         )
     own = (-2, -1) if task.groups > 1 else -1
     low, high = jnp.min(seen.low, axis=own), jnp.max(seen.high, axis=own)
@@ -153,8 +160,7 @@ def _activated(q: QTensor, task: Task, seen: Seen | None) -> QTensor:
     lengths = [n if a in task.stacked else 1 for a, n in enumerate(task.weight.shape)]
 
     def fit(values: jax.Array) -> jax.Array:
-        many = values if values.ndim else jnp.broadcast_to(values, task.stack)
-        return many.reshape(lengths)
+        return jnp.broadcast_to(values.reshape(lengths if values.ndim else ()), lengths)
 
     return dataclasses.replace(
         q,

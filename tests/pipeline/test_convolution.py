@@ -385,6 +385,28 @@ def test_a_static_scale_covers_what_the_kernel_meets():
     np.testing.assert_allclose(q.activation_scale, largest / 127, rtol=1e-6)
 
 
+def test_feature_groups_that_are_rounded_have_a_static_scale():
+    """A preset whose scales span the groups, with a static number."""
+
+    def fn(p, x):
+        return conv(x, p["w"], feature_group_count=2)
+
+    params, batches = {"w": kernel(3, 3, 16, 4)}, images(2, (4, 6, 5, 32))
+    done = quantize_with_evidence(params, "w4a4-nvfp4", fn, batches)
+    assert "2 feature groups" in done.evidence[0].fallback
+    largest = max(float(jnp.max(jnp.abs(x))) for (x,) in batches)
+    divisor = done.params["w"].activation_scale[0, 0, 0, 0]
+    np.testing.assert_allclose(divisor, 6 * 448 / largest, rtol=1e-5)
+
+    def batch_groups(p, x):
+        return conv(x, p["w"], batch_group_count=2)
+
+    with pytest.raises(ValueError, match="its convolution has batch groups"):
+        quantize_with_evidence(
+            {"w": kernel(3, 3, 32, 4)}, "w4a4-nvfp4", batch_groups, batches
+        )
+
+
 def test_images_on_a_mesh_are_summed_over_it():
     fn = lambda p, x: jax.nn.relu(conv(x, p["w"]))
     params, batches = {"w": kernel(3, 3, 4, 8)}, images(2, (8, 6, 5, 4))
