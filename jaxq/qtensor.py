@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import register_dataclass
 from jax.typing import DTypeLike
 
 from jaxq.blocks import grid_shape, spread
+from jaxq.explicit_axes import explicit_mesh, placed, split
 from jaxq.scales import divide, load_scale, rounded
 from jaxq.spec import QuantSpec
 from pallas_kernels import layouts, table
@@ -190,6 +191,18 @@ class QTensor:
             dtype: of the result; by default the dtype of the original tensor. The
                 arithmetic is float32.
         """
+        dtype = self.dtype if dtype is None else dtype
+        mesh = explicit_mesh(self)
+        if mesh is None:
+            return self._values(dtype)
+        entries = split(self.codes, mesh)
+        if self.layout != "planar" or self.padding or self.rows is not None:
+            entries = ()
+        lies = NamedSharding(mesh, PartitionSpec(*entries))
+        return placed(lambda q: q._values(dtype), lies, self)
+
+    def _values(self, dtype: DTypeLike) -> jax.Array:
+        """Return what `dequantize` does, where no type says how arrays lie."""
         values, shape = self._scaled_values(), self.stored_shape
         if self.offset is not None:
             offset = spread(self.offset, self.blocks, shape)
@@ -198,7 +211,7 @@ class QTensor:
             values = values * self.input_scale
         if self.input_index is not None:
             values = _sum_rows(values, self.input_index, self.axis, self.shape)
-        return values.astype(self.dtype if dtype is None else dtype)
+        return values.astype(dtype)
 
     def _scaled_values(self) -> jax.Array:
         """Return ``(code − zero) · scale``, or the sum of scaled signs, float32."""

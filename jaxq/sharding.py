@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxq.explicit_axes import explicit_mesh, placed, split
 from jaxq.qtensor import QTensor, is_qtensor
 from jaxq.solvers.base import Solved
 
@@ -80,26 +81,28 @@ def shard_params(params: Any, shardings: Any) -> Any:
     return jax.tree.map(one, params, shardings, is_leaf=is_qtensor)
 
 
-def solved_on_mesh(solve: Callable[[jax.Array], Solved], weight: Any) -> Solved:
-    """Return ``solve(weight)``, its weight placed like the float one, on any mesh.
+def solved_on_mesh(solve: Callable[..., Solved], weight: Any, *more: Any) -> Solved:
+    """Return ``solve(weight, *more)``, its weight placed like the float one.
 
     On a mesh with explicit axes (`jax.make_mesh`'s own) every reshape would have to say
     how its result is sharded; the solver leaves that to the compiler.
     """
-    sharding = jax.typeof(weight).sharding
-    if AxisType.Explicit not in sharding.mesh.axis_types:
-        solved = solve(weight)
+    mesh = explicit_mesh(weight, more)
+    if mesh is None:
+        solved = solve(weight, *more)
         return solved._replace(weight=shard_like(solved.weight, weight))
-    like = jax.ShapeDtypeStruct(weight.shape, weight.dtype)
-    shapes = jax.eval_shape(solve, like)
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    placed = Solved(
+    likes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (weight, *more)
+    )
+    shapes = jax.eval_shape(solve, *likes)
+    sharding: Any = NamedSharding(mesh, PartitionSpec(*split(weight, mesh)))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    where = Solved(
         qtensor_shardings(shapes.weight, sharding),
         jax.tree.map(lambda _: everywhere, shapes.info),
         None if shapes.compensated is None else sharding,
     )
-    on_mesh: Any = jax.sharding.auto_axes(solve, out_sharding=placed)
-    return on_mesh(weight)
+    return placed(solve, where, weight, *more)
 
 
 def _divides(mesh: Any, entry: str | Sequence[str] | None, length: int) -> bool:

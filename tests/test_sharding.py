@@ -287,3 +287,58 @@ def test_a_plan_of_sharded_weights_is_the_plan(weight):
     assert plan(None, sharded, "w4a16") == plan(None, {"kernel": weight}, "w4a16")
     leaves = jax.tree.leaves(quantize_params(sharded, "w4a16"), is_leaf=is_qtensor)
     assert [q.nbytes for q in leaves] == [plan(None, sharded, "w4a16").bytes_after]
+
+
+# ----------------------------------------------------------------- explicit axes
+
+EXPLICIT = ("w8a16", "w4a16", "w8a8", "w4a8", "nf4-dq", "w3a16-bcq", "llm-int8")
+CALIBRATED = ("w4a16-gptq", "w3a16-awq", "w8a8-smoothquant", "w4a8-gptq")
+
+
+def two_layers(params, x):
+    return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+
+def two_layers_on_a_mesh(params, x):
+    """The same where types say how arrays lie: over the rows' axis, summed."""
+    hidden = jax.nn.relu(x @ params["up"])
+    return jnp.matmul(hidden, params["down"], out_sharding=P("data", None))
+
+
+@pytest.mark.parametrize("recipe", EXPLICIT + CALIBRATED)
+def test_explicit_axes_change_nothing(recipe, rng):
+    """Tensor parallel weights, data parallel rows, and types that say so."""
+    up, down, x = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((64, 128), (128, 64), (64, 64))
+    )
+    params = {"up": up, "down": down}
+    alone = quantize_params(params, recipe, two_layers, [(x,)])
+    expected = np.asarray(quantized(two_layers)(alone, x))
+    with jax.set_mesh(mesh("explicit")):
+        placed = {
+            "up": put(up, None, "model", kind="explicit"),
+            "down": put(down, "model", None, kind="explicit"),
+        }
+        rows = put(x, "data", kind="explicit")
+        q = quantize_params(placed, recipe, two_layers_on_a_mesh, [(rows,)])
+        got = jax.jit(quantized(two_layers_on_a_mesh))(q, rows)
+        read = jax.tree.map(lambda w: w.dequantize(), q, is_leaf=is_qtensor)
+        for name, spec in (("up", (None, "model")), ("down", ("model", None))):
+            assert spec_of(q[name].codes) == spec
+            assert spec_of(read[name]) in (spec, (None, None))
+            np.testing.assert_allclose(
+                np.asarray(read[name]), np.asarray(alone[name].dequantize()), 1e-4, 1e-5
+            )
+    assert spec_of(got) == ("data", None)
+    np.testing.assert_allclose(np.asarray(got), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_tuning_on_explicit_axes_is_refused(rng):
+    w = jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((8, 64)), jnp.float32)
+    with jax.set_mesh(mesh("explicit")):
+        params = {"kernel": put(w, None, "model", kind="explicit")}
+        rows = put(x, "data", kind="explicit")
+        with pytest.raises(ValueError, match=r"'data': 2.*explicit axes.*Auto"):
+            quantize_params(params, "w4a16-autoround", product, [(rows,)])

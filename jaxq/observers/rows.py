@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxq.explicit_axes import replicated
 
 
 class Rows(NamedTuple):
@@ -50,20 +51,6 @@ def observe(
         return see(rows_of(x, mask), *more)
 
     return replicated(run, jnp.asarray(x), mask, *more)
-
-
-def replicated(run: Callable[..., Any], x: jax.Array, *more: Any) -> Any:
-    """Return ``run(x, *more)``, replicated when the mesh of ``x`` asks who holds it.
-
-    On a mesh with explicit axes a sum over a sharded axis would have to say how its
-    result is sharded; here the compiler finds out.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return run(x, *more)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    on_mesh: Any = jax.sharding.auto_axes(run, out_sharding=everywhere)
-    return on_mesh(x, *more)
 
 
 def width(like: jax.ShapeDtypeStruct) -> int:

@@ -16,6 +16,7 @@ from jaxq.ops.activation import quantized_input, split_outliers
 from jaxq.ops.derivative import borrow_derivative
 from jaxq.ops.lookup import LOOKUPS, lookups, run_dequantized
 from jaxq.ops.outliers import outlier_product
+from jaxq.ops.parallel import left_to_the_compiler
 from jaxq.ops.problem import Choice, Kernel, Problem
 from jaxq.qtensor import QTensor
 from jaxq.relayout import PLANAR, relayout
@@ -248,7 +249,8 @@ def _product(
         # a derivative that is asked for is that of the product in plain XLA
         run = lambda x, weight: kernel.run(problem(x, *weight)).astype(out_dtype)
         return borrow_derivative(run, lend, x, weight)
-    if kernel.derivative is None:
-        return kernel.run(problem(*planar_arrays(x, *weight)))
     run = lambda x, weight: kernel.run(problem(*planar_arrays(x, *weight)))
-    return borrow_derivative(run, lend, x, weight)
+    if kernel.derivative is None:
+        return left_to_the_compiler(run, x, weight)
+    borrowed = functools.partial(borrow_derivative, run, lend)
+    return left_to_the_compiler(borrowed, x, weight)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxq.explicit_axes import explicit_mesh, placed, split
 from jaxq.qtensor import QTensor
 from pallas_kernels.kernel import Operands, Problem
 
@@ -52,6 +53,26 @@ def placement(w: QTensor, x: jax.Array) -> NamedSharding | str | None:
     if any(entry is not None for entry in spec[:-2]):
         return f"the stack is split over {dict(mesh.shape)}: {spec}"
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def left_to_the_compiler(
+    run: Callable[..., jax.Array], x: jax.Array, weight: tuple[QTensor, Any]
+) -> jax.Array:
+    """Return ``run(x, weight)``, ``[M, N]``, in plain XLA, on any mesh.
+
+    On a mesh with explicit axes each step of a loop over tiles would have to say how
+    its result is sharded. Here only the product does: its rows as the activation's, its
+    columns as the weight's.
+    """
+    q, _ = weight
+    mesh = explicit_mesh(x, q.codes)
+    if mesh is None:
+        return run(x, weight)
+    rows, columns = split(x, mesh)[-2], split(q.codes, mesh)[-1]
+    if set(_axes(rows)) & set(_axes(columns)):
+        columns = None
+    lies = NamedSharding(mesh, PartitionSpec(rows, columns))
+    return placed(run, lies, x, weight)
 
 
 def divided_mesh(*arrays: jax.Array) -> AbstractMesh | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import register_dataclass
 
+from jaxq.explicit_axes import replicated
 from jaxq.lift.program import Key
 from jaxq.pipeline.channels import by_channel, channel_matrix, over_window
 from jaxq.pipeline.solve import Task, searched
@@ -149,7 +150,8 @@ def _scale(
     arguments = [getattr(statistics, name) for name in row.needs]
     weights = [channel_matrix(changes[t.key].task(t)) for t in tasks]
     candidates = row.candidates(weights, *arguments, first.group, **options)
-    candidates = over_window(candidates, first)
+    # the gram, which it scales on both sides, is whole on every device
+    candidates = replicated(lambda scales: over_window(scales, first), candidates)
     if len(candidates) == 1:
         return candidates[0]
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxq.explicit_axes import replicated
 from jaxq.lift.product import Product
-from jaxq.observers.rows import replicated
 from jaxq.ops import Patches
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.explicit_axes import replicated
 from jaxq.lift.program import Key
 from jaxq.pipeline.feature_groups import FeatureGroups
 from jaxq.plan import PlanRow
@@ -137,7 +138,7 @@ def solve_task(task: Task, statistics: Statistics | None) -> Solved:
     if task.groups > 1 and statistics is not None:
         return _solve_groups(task, statistics)
 
-    def solve(weight: jax.Array) -> Solved:
+    def solve(weight: jax.Array, statistics: Statistics | None) -> Solved:
         return solve_with(
             weight,
             statistics,
@@ -148,7 +149,7 @@ def solve_task(task: Task, statistics: Statistics | None) -> Solved:
             stacked=task.stacked,
         )
 
-    return solved_on_mesh(solve, task.weight)
+    return solved_on_mesh(solve, task.weight, statistics)
 
 
 def _solve_groups(task: Task, statistics: Statistics) -> Solved:
@@ -158,7 +159,7 @@ def _solve_groups(task: Task, statistics: Statistics) -> Solved:
         lambda a: jnp.moveaxis(a, len(task.stacked), groups.place), statistics
     )
 
-    def solve(weight: jax.Array) -> Solved:
+    def solve(weight: jax.Array, seen: Statistics) -> Solved:
         solved = solve_with(
             groups.split(weight, task.groups),
             seen,
@@ -170,12 +171,16 @@ def _solve_groups(task: Task, statistics: Statistics) -> Solved:
         )
         return groups.join(solved)
 
-    return solved_on_mesh(solve, task.weight)
+    return solved_on_mesh(solve, task.weight, seen)
 
 
 def rounded(task: Task) -> QTensor:
     """Return the weight rounded to nearest in its full range."""
-    return _rounded(task.weight, task.spec, task.contracting, task.stacked)
+
+    def solve(weight: jax.Array) -> Solved:
+        return Solved(_rounded(weight, task.spec, task.contracting, task.stacked), {})
+
+    return solved_on_mesh(solve, task.weight).weight
 
 
 def searched(task: Task) -> QTensor:
@@ -188,15 +193,19 @@ def searched(task: Task) -> QTensor:
     clips = spec.number_format.is_integer and task.group and not spec.center
     options = (("clip", "mse"), ("steps", 20)) if clips else ()
     options = (("rounds", 2),) if spec.binary else options
-    return solve_with(
-        task.weight,
-        None,
-        spec=spec,
-        solver=solver,
-        options=options,
-        contracting=task.contracting,
-        stacked=task.stacked,
-    ).weight
+
+    def solve(weight: jax.Array) -> Solved:
+        return solve_with(
+            weight,
+            None,
+            spec=spec,
+            solver=solver,
+            options=options,
+            contracting=task.contracting,
+            stacked=task.stacked,
+        )
+
+    return solved_on_mesh(solve, task.weight).weight
 
 
 def losses(
@@ -206,8 +215,12 @@ def losses(
 
     ``tr(Δ H Δᵀ) / (tokens · outputs)``, over all stacked weights.
     """
-    axes = (task.contracting, task.stacked, task.groups)
-    return _losses(task.weight, q, statistics, task.spec, *axes)
+
+    def run(weight: jax.Array, q: QTensor, statistics: Statistics) -> Any:
+        axes = (task.contracting, task.stacked, task.groups)
+        return _losses(weight, q, statistics, task.spec, *axes)
+
+    return replicated(run, task.weight, q, statistics)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxq.explicit_axes import replicated
 from jaxq.lift.program import Meeting
 from jaxq.observers.gram import cross_gram, gram
 from jaxq.observers.magnitude import magnitude
@@ -90,10 +91,11 @@ def empty(x: jax.Array, layout: Layout, drift: bool) -> Seen:
     """Return the statistics of no data."""
     width, stack = layout.width(x.shape), layout.stack(x.shape)
     like = jax.ShapeDtypeStruct((1, width), jnp.float32)
-    spread = functools.partial(jnp.broadcast_to)
 
     def stacked(state: Any) -> Any:
-        return jax.tree.map(lambda a: spread(a, (*stack, *a.shape)).copy(), state)
+        return jax.tree.map(
+            lambda a: jnp.broadcast_to(a, (*stack, *a.shape)).copy(), state
+        )
 
     return Seen(
         stacked(gram().init(like)),
@@ -113,6 +115,18 @@ def updated(
     reference: jax.Array | None,
 ) -> tuple[Seen, jax.Array]:
     """Add one batch, and say whether it is finite."""
+    run = functools.partial(_updated, layout)
+    return replicated(run, total, x, mask, sizes, reference)
+
+
+def _updated(
+    layout: Layout,
+    total: Seen,
+    x: jax.Array,
+    mask: jax.Array | None,
+    sizes: jax.Array | None,
+    reference: jax.Array | None,
+) -> tuple[Seen, jax.Array]:
     if layout.patches is not None:
         return _with_patches(total, x, layout, mask, reference)
     rows, counts = to_rows(x, layout, mask, sizes)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxq.explicit_axes import explicit_mesh
 from jaxq.lift.program import Group, Key
 from jaxq.pipeline.block import (
     BlockFunction,
@@ -56,8 +57,10 @@ def tune_block(
     pairs = zip(begin.batches, targets.batches, strict=True)
     same = [(b, t) for b, t in pairs if b.program is program]
     seen, held = parted(same)
-    samples = _samples(function, seen)
     tasks = {key: store.task(key) for key in outcomes}
+    data = [list(batch.values.values()) for batch, _ in seen]
+    _check_mesh(groups[0].block, [task.weight for task in tasks.values()], data)
+    samples = _samples(function, seen)
     problems = {
         name: Problem(_base(tasks[key], outcomes[key]), outcomes[key].weight)
         for name, key in names.items()
@@ -126,6 +129,18 @@ def parted(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """
     held = list(batches[HELD - 1 :: HELD])
     return [b for i, b in enumerate(batches) if i % HELD != HELD - 1], held
+
+
+def _check_mesh(block: str, *arrays: Any) -> None:
+    """Raise `ValueError` where arrays lie on a mesh with explicit axes."""
+    mesh = explicit_mesh(*arrays)
+    if mesh is not None:
+        raise ValueError(
+            f"block tuning of {block!r}: its weights or its data lie on the mesh "
+            f"{dict(mesh.shape)} with explicit axes, where it cannot be done; make the "
+            "mesh with axis_types=(jax.sharding.AxisType.Auto, ...), or leave the "
+            "tuning out"
+        )
 
 
 def token_weights(target: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -110,7 +110,8 @@ def test_inputs_are_rounded_as_torchao_does(tmp_path, form):
     x = x.astype(np.float32)
     ours = np.asarray(jax.jit(quantized_input)(x, found.tensor()))
     theirs = rounded(torch.tensor(x)).float().numpy()
-    # they multiply by reciprocals: to the bit but for that, and for int8 codes of -127.5
+    # they multiply by reciprocals: to the bit but for that, and for int8's codes half
+    # way between two
     differ = ~np.isclose(ours, theirs, rtol=3e-7, atol=0)
     assert differ.sum() <= (14 if spec.format == "int8" else 0)  # one of a token
     np.testing.assert_allclose(ours, theirs, atol=np.abs(x).max() / 127)
