@@ -42,7 +42,7 @@ class EncoderDecoder(Model):
         """Return a cache for writing so many tokens, to give to ``apply``.
 
         It keeps the keys and values of what is written, and those of the text that is
-        read, projected once.
+        read, projected once. What is written beyond its end overwrites older tokens.
 
         Args:
             tokens: per text, the one that begins it included.

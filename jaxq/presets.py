@@ -62,10 +62,10 @@ _SIGNED = QuantSpec("int4", GROUP, grid="full", scale="bfloat16")
 _INT8 = QuantSpec("int8", "channel")
 _INT8_TOKEN = QuantSpec("int8", "token")
 _FP8_TOKEN = QuantSpec("fp8_e4m3", "token")
-_NVFP4 = QuantSpec("fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor"))
 # with a divisor, as compressed-tensors has it: a factor may have no equal reciprocal
-_DIVIDED = QuantSpec("fp8_e4m3", "tensor", scale="inverse_float32")
-_W4A4 = QuantSpec("fp4_e2m1", 16, scale=_DIVIDED)
+_NVFP4 = QuantSpec(
+    "fp4_e2m1", 16, scale=QuantSpec("fp8_e4m3", "tensor", scale="inverse_float32")
+)
 _DOUBLE = QuantSpec("dynamic8", 256, center=True)
 # LLM.int8()'s threshold: channels with larger activations are multiplied in float
 _INT8_OUTLIERS = QuantSpec("int8", "token", outliers=6.0)
@@ -96,7 +96,7 @@ _ROWS_OF_TABLE: tuple[Recipe, ...] = (
     _preset("fp8", QuantSpec("fp8_e4m3", "channel"), _FP8_TOKEN),
     _preset("mxfp4", QuantSpec("fp4_e2m1", 32, scale="e8m0")),
     _preset("nvfp4", _NVFP4),
-    _preset("w4a4-nvfp4", _W4A4, _W4A4, static=True),
+    _preset("w4a4-nvfp4", _NVFP4, _NVFP4, static=True),
     _preset("w4a16-gptq", _grouped("uint4"), method=_GPTQ),
     _preset("w3a16-gptq", _grouped("uint3"), method=_GPTQ),
     _preset("w2a16-gptq", _grouped("uint2"), method=_GPTQ),

@@ -94,9 +94,14 @@ def resume(
         ExistsError: the target exists and may not be replaced, or is finished.
     """
     if not (place / journal.NAME).exists():
+        remedy = (
+            f"{target} is there already, so that run may well have finished"
+            if target.exists()
+            else "run without resume=True (--resume)"
+        )
         raise MissingFileError(
             f"there is nothing to resume: {place} does not exist, or nothing was "
-            f"written there yet; run without resume=True (--resume)"
+            f"written there yet; {remedy}"
         )
     found = _read(place, target)
     if is_published(found, target):
