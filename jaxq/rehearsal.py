@@ -155,7 +155,8 @@ def _refuse(rows: Sequence[Row], to: str, recipe: str) -> None:
     if refused:
         raise UnsupportedError(
             f"recipe {recipe!r} makes weights that cannot be written as {to} without "
-            f"loss:{few(by_note(refused))}\nchoose another recipe or format; or write "
+            f"loss (of each kind of block one was tried):{few(by_note(refused))}\n"
+            "choose another recipe or format; or write "
             "jaxq's own, and let jaxq convert --requantize round them anew"
         )
 
