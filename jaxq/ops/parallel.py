@@ -69,7 +69,7 @@ def left_to_the_compiler(
     if mesh is None:
         return run(x, weight)
     rows, columns = split(x, mesh)[-2], split(q.codes, mesh)[-1]
-    if set(_axes(rows)) & set(_axes(columns)):
+    if q.layout != "planar" or set(_axes(rows)) & set(_axes(columns)):
         columns = None
     lies = NamedSharding(mesh, PartitionSpec(rows, columns))
     return placed(run, lies, x, weight)
