@@ -7,9 +7,13 @@ import types
 import numpy as np
 import pytest
 
+from jaxq.checkpoints.errors import UnsupportedError
 from jaxq.codecs.base import Dense
 from jaxq.codecs.table import CODECS
 from jaxq.codecs.unpacked import Unpacked
+from jaxq.lm import load_model
+from jaxq.presets import PRESETS
+from jaxq.quantize import quantize
 from jaxq.spec import QuantSpec
 from tests.codecs.excerpts import NAMES, load
 
@@ -270,3 +274,18 @@ def test_how_inputs_are_quantized_is_written_or_the_difference_said(spec, static
     elif not note:
         assert found == spec
         assert again.activation_scale is None
+
+
+def test_the_preset_nvfp4_is_written_as_it_is():
+    """Of this weight no divisor gives the numbers that a factor does."""
+    layer = load_model("demo").params["params"]["layers_1"]["mlp"]["up_proj"]
+    write = CODECS["compressed-tensors"].write
+    assert write is not None
+    spec = PRESETS["nvfp4"].rules[-1].weight
+    made = Unpacked.of(quantize(layer["kernel"], spec))
+    tensors, note = write().write("a", made)
+    assert not note
+    assert tensors["a.weight_global_scale"] == made.scales.scales
+    factor = dataclasses.replace(spec, scale=QuantSpec("fp8_e4m3", "tensor"))
+    with pytest.raises(UnsupportedError, match="no number divides them"):
+        write().write("a", Unpacked.of(quantize(layer["kernel"], factor)))

@@ -27,6 +27,18 @@ def seen():
     return Statistics(x.T @ x, jnp.int32(256))
 
 
+def solved_shapes(monkeypatch):
+    """The shapes of what is solved from now on, as they come."""
+    shapes = []
+
+    def counted(one, statistics):
+        shapes.append(one.weight.shape)
+        return solve_task(one, statistics)
+
+    monkeypatch.setattr(beside, "solve_task", counted)
+    return shapes
+
+
 @pytest.mark.parametrize(
     "method", [None, autoround(), rtn(clip="importance")], ids=["gptq", "tuned", "rtn"]
 )
@@ -34,13 +46,7 @@ def test_each_is_what_it_is_alone(method, monkeypatch):
     tasks = [task(n, method=method, seed=i) for i, n in enumerate("abc")]
     tasks.append(task("wide", columns=40, method=method, seed=7))
     given = {one.key: one for one in tasks}
-    calls = []
-
-    def counted(one, statistics):
-        calls.append(one.weight.shape)
-        return solve_task(one, statistics)
-
-    monkeypatch.setattr(beside, "solve_task", counted)
+    calls = solved_shapes(monkeypatch)
     found = solve_all(given, dict.fromkeys(given, seen()))
     assert calls == [(64, 72), (64, 40)]
     assert list(found) == list(given)
@@ -74,13 +80,7 @@ def test_wide_weights_are_solved_square_by_square(monkeypatch):
     monkeypatch.setattr(beside, "LEAST_ROWS", 64)
     wide = task("wide", columns=128, method=autoround(), seed=3)
     given = {t.key: t for t in (wide, task("square", columns=64, method=autoround()))}
-    calls = []
-
-    def counted(one, statistics):
-        calls.append(one.weight.shape)
-        return solve_task(one, statistics)
-
-    monkeypatch.setattr(beside, "solve_task", counted)
+    calls = solved_shapes(monkeypatch)
     found = solve_all(given, dict.fromkeys(given, seen()))
     assert calls == [(64, 64)] * 3
     for key, one in given.items():
